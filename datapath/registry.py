@@ -1,0 +1,28 @@
+"""The kinds of state there are, and the drivers that are installed. The migration engine walks these and names none."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from datapath.errors import FeatureMissing
+from datapath.provider import Driver
+from datapath.state.acl import ACL
+from datapath.state.conntrack import CONNTRACK
+from datapath.state.fdb import FDB
+from datapath.state.kind import Kind
+from datapath.state.port import PORT
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (PORT, ACL, FDB, CONNTRACK)}
+"""In the order in which a destination loads them."""
+
+
+def driver(name: str) -> type[Driver]:
+    """Class of the driver that is installed under `name`.
+
+    Raises FeatureMissing when there is none.
+    """
+    found = {point.name: point for point in entry_points(group="migrator.drivers")}
+    if name not in found:
+        raise FeatureMissing(f"no driver {name!r}", hint=f"installed: {', '.join(sorted(found)) or 'none'}")
+    loaded: type[Driver] = found[name].load()
+    return loaded

@@ -1,0 +1,1 @@
+"""Kinds of state: pure records, one file a kind. `datapath.registry` lists them."""

@@ -1,0 +1,73 @@
+"""Kind `conntrack`: every tracked connection of a port, and fragments on their way.
+
+Keys are written from the VM's side. Names and default timeouts are nf_conntrack's (Linux, nf_conntrack_proto_tcp.c,
+Documentation/networking/nf_conntrack-sysctl.rst).
+"""
+
+from __future__ import annotations
+
+from datapath.state.kind import Column, Kind, Nature
+
+CONNTRACK = Kind(
+    name="conntrack",
+    version=1,
+    nature=Nature.LIVE | Nature.ACCOUNTING,
+    key=("laddr", "raddr", "lport", "rport", "proto", "type", "from"),
+    columns={
+        "laddr": Column("V16"),  # the guest's address, network order, IPv4 v4-mapped
+        "raddr": Column("V16"),
+        "lport": Column("<u2"),  # ICMP echo: identifier; fragments: high half of the id
+        "rport": Column("<u2"),  # ICMP echo: 0; fragments: low half of the id
+        "proto": Column("u1"),  # IANA number
+        "type": Column("u1", 0),  # 0 connection, 1 fragment record
+        "from": Column("u1", 0),  # fragments: 1 from the guest
+        "state": Column("u1"),  # number in STATES
+        "flags": Column("u1", 0),  # REPLIED, ASSURED, INBOUND, LEARNED
+        "age_ns": Column("<u8", 0),  # since the last packet, at the table's port_time_ns
+        "id": Column("<u8"),
+        "judged": Column("<u4", 0),  # digest of the policy it was judged under, 0: judge again
+        "mark": Column("<u4", 0),
+        "packets_from": Column("<u8", 0, accounting=True),
+        "packets_to": Column("<u8", 0, accounting=True),
+        "bytes_from": Column("<u8", 0, accounting=True),  # of IP packets
+        "bytes_to": Column("<u8", 0, accounting=True),
+    },
+)
+
+STATES = {
+    "NONE": 0,
+    "SYN_SENT": 1,
+    "SYN_RECV": 2,
+    "ESTABLISHED": 3,
+    "FIN_WAIT": 4,
+    "CLOSE_WAIT": 5,
+    "LAST_ACK": 6,
+    "TIME_WAIT": 7,
+    "CLOSE": 8,
+    "SYN_SENT2": 9,
+    "NEW": 16,
+    "REPLIED": 17,
+}
+
+REPLIED = 1 << 0
+ASSURED = 1 << 1
+INBOUND = 1 << 2
+LEARNED = 1 << 3
+
+TIMEOUTS: dict[str, tuple[int, int]] = {
+    # name -> (index in struct port.timeouts, default in milliseconds)
+    "tcp_syn_sent": (1, 120_000),
+    "tcp_syn_recv": (2, 60_000),
+    "tcp_established": (3, 432_000_000),
+    "tcp_fin_wait": (4, 120_000),
+    "tcp_close_wait": (5, 60_000),
+    "tcp_last_ack": (6, 30_000),
+    "tcp_time_wait": (7, 120_000),
+    "tcp_close": (8, 10_000),
+    "tcp_syn_sent2": (9, 120_000),
+    "udp": (10, 30_000),
+    "udp_stream": (11, 120_000),
+    "icmp": (12, 30_000),
+    "generic": (13, 600_000),
+    "fragment": (14, 30_000),
+}

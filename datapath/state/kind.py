@@ -1,0 +1,91 @@
+"""What a kind of state is, and the table that carries it.
+
+A kind is one sort of state of one port. Its records are portable: no ifindex, map descriptor, slot, policy generation or
+absolute time. A kind with few records is a list of maps (`records`), a kind with many is columns: one NumPy array a
+field, all of one length, so that packing is a copy and unpacking a view.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Columns = dict[str, NDArray[Any]]
+"""Field name -> array; all of one length. Integers little-endian, addresses `V16` (network order, IPv4 v4-mapped)."""
+
+Record = dict[str, Any]
+"""One record of a kind with few: field name -> str, int, bool, None, or list / map of these."""
+
+
+class Nature(enum.Flag):
+    """When a kind's state has to be at the destination."""
+
+    CONFIGURATION = enum.auto()  # at prepare
+    LIVE = enum.auto()  # before the guest runs there
+    ACCOUNTING = enum.auto()  # after the switchover, assigned, not added
+
+
+class Op(enum.StrEnum):
+    """What a table asks the destination to do."""
+
+    LOAD = "load"  # make these records so, whatever was there under their key
+    DELETE = "delete"  # these keys are gone (key columns only)
+    ACCOUNT = "account"  # assign what the source counted (key and accounting columns)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: NumPy dtype (explicit byte order) and the value that readers take when a snapshot lacks it.
+
+    `default` None: the column is required.
+    """
+
+    dtype: str
+    default: int | bytes | None = None
+    accounting: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of state.
+
+    `key` names the fields that identify a record. `required`: a destination that does not know the kind must refuse.
+    Exactly one of `columns` and `fields` is given. `fields` maps a record's field to its Python types.
+    """
+
+    name: str
+    version: int
+    nature: Nature
+    key: tuple[str, ...]
+    required: bool = True
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    fields: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records of one kind, or their keys. Exactly one of `columns` and `records` is set, as the kind says.
+
+    `port_time_ns` is the port's clock when the table was read; ages in it count back from there.
+    """
+
+    kind: str
+    op: Op = Op.LOAD
+    columns: Columns | None = None
+    records: Sequence[Record] | None = None
+    port_time_ns: int = 0
+
+    def __len__(self) -> int:
+        if self.columns is not None:
+            return next((len(a) for a in self.columns.values()), 0)
+        return len(self.records or ())
+
+
+def empty_columns(kind: Kind, count: int = 0) -> Columns:
+    """Zeroed columns of a kind for `count` records."""
+    return {name: np.zeros(count, dtype=column.dtype) for name, column in kind.columns.items()}
