@@ -217,13 +217,13 @@ struct acl_list {
 	__type(value, struct acl_rule);
 } acl_list SEC(".maps");
 
-#define BY_GENERATION(name, table)                      \
-	struct {                                        \
-		__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS); \
-		__uint(max_entries, 8 * SLOTS_DEFAULT); \
-		__type(key, __u32);                     \
-		PINNED;                                 \
-		__array(values, struct table);          \
+#define BY_GENERATION(name, table)                                                                                     \
+	struct {                                                                                                       \
+		__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);                                                               \
+		__uint(max_entries, 8 * SLOTS_DEFAULT);                                                                \
+		__type(key, __u32);                                                                                    \
+		PINNED;                                                                                                \
+		__array(values, struct table);                                                                         \
 	} name SEC(".maps")
 
 BY_GENERATION(acl_tries, acl_trie);

@@ -15,10 +15,10 @@
 
 #include <linux/types.h>
 
-#define SLOTS_DEFAULT 1024 /* resized before load */
+#define SLOTS_DEFAULT    1024 /* resized before load */
 #define NETWORKS_DEFAULT 4096
-#define HOSTS_DEFAULT 4096
-#define FLOOD_MEMBERS 1024 /* members of one network on one host */
+#define HOSTS_DEFAULT    4096
+#define FLOOD_MEMBERS    1024 /* members of one network on one host */
 
 /* ---- ports -------------------------------------------------------------------------------------------------- */
 
@@ -33,17 +33,18 @@ enum port_state {
 enum port_flag {
 	PORT_F_ANTISPOOF = 1 << 0,
 	PORT_F_LEARNING = 1 << 1,  /* accept mid-stream connections, count what would have been dropped */
-	PORT_F_TRACE = 1 << 2,	   /* every verdict goes to the `events` ring */
+	PORT_F_TRACE = 1 << 2,     /* every verdict goes to the `events` ring */
 	PORT_F_STATELESS = 1 << 3, /* internal port of the host: no connection table, no policy */
 	PORT_F_UNSETTLED = 1 << 4, /* accounting of the source not yet assigned: expiry may mark but not delete */
-	PORT_F_OVERFLOW = 1 << 5,  /* a dirty key could not be recorded: dump again (set by programs, cleared by the agent) */
+	PORT_F_OVERFLOW =
+	    1 << 5, /* a dirty key could not be recorded: dump again (set by programs, cleared by the agent) */
 	PORT_F_NO_BROADCAST = 1 << 6, /* just opened: broadcast still comes through the source */
-	PORT_F_TRUNK = 1 << 7,	   /* frames with a tag belong to the network of `trunks` */
+	PORT_F_TRUNK = 1 << 7,        /* frames with a tag belong to the network of `trunks` */
 };
 
 enum gate_target {
-	GATE_NONE = 0,	   /* drop, DROP_NO_PLACE */
-	GATE_LOCAL = 1,	   /* to the port's device, where to_port judges */
+	GATE_NONE = 0,     /* drop, DROP_NO_PLACE */
+	GATE_LOCAL = 1,    /* to the port's device, where to_port judges */
 	GATE_REDIRECT = 2, /* through the tunnel device to `remote` on `channel` */
 };
 
@@ -61,14 +62,14 @@ enum timeout_index {
  * The agent is its only writer, but for three changes that programs make by cmpxchg: STAGED -> ACTIVE by the guest's
  * first frame when `commit` names the same epoch, and setting PORT_F_OVERFLOW. */
 #define PORT_WORD(state, flags, epoch) ((__u64)(epoch) << 32 | (__u64)(flags) << 8 | (state))
-#define PORT_STATE(word) ((__u8)(word))
-#define PORT_FLAGS(word) ((__u32)(word) >> 8)
-#define PORT_EPOCH(word) ((__u32)((word) >> 32))
+#define PORT_STATE(word)               ((__u8)(word))
+#define PORT_FLAGS(word)               ((__u32)(word) >> 8)
+#define PORT_EPOCH(word)               ((__u32)((word) >> 32))
 
 /* gate: target in bits 0-7, shut in bit 8. One u64 store by the agent flips where frames for the VM go. */
 #define GATE_WORD(target, shut) ((__u64)(target) | (__u64)(shut) << 8)
-#define GATE_TARGET(gate) ((__u8)(gate))
-#define GATE_SHUT(gate) (((gate) >> 8) & 1)
+#define GATE_TARGET(gate)       ((__u8)(gate))
+#define GATE_SHUT(gate)         (((gate) >> 8) & 1)
 
 /*
  * The gate: where frames for the VM go. A frame is held when the gate is shut, or when frames that were held before
@@ -78,37 +79,38 @@ enum timeout_index {
  */
 struct port {
 	__u64 word;
-	__u64 commit;	   /* epoch that was committed, 0 none */
+	__u64 commit; /* epoch that was committed, 0 none */
 	__u64 gate;
-	__s64 held_to;	   /* frames in the hold tap towards the guest */
-	__s64 held_from;   /* frames in the hold tap from the guest */
-	__u64 lease;	   /* ktime after which STAGED, QUIESCED, a shut gate and a redirect stop acting (drop), 0 never */
-	__u64 time_base;   /* port time = ktime - time_base */
-	__u64 time_floor;  /* expiry takes no entry as seen before this port time (full timeout after an activation) */
-	__u64 redirected;  /* ktime of the last frame through the redirect */
+	__s64 held_to;   /* frames in the hold tap towards the guest */
+	__s64 held_from; /* frames in the hold tap from the guest */
+	__u64 lease; /* ktime after which STAGED, QUIESCED, a shut gate and a redirect stop acting (drop), 0 never */
+	__u64 time_base;  /* port time = ktime - time_base */
+	__u64 time_floor; /* expiry takes no entry as seen before this port time (full timeout after an activation) */
+	__u64 redirected; /* ktime of the last frame through the redirect */
 	__u32 slot;
-	__u32 ifindex;	   /* device of the port; 0 none yet */
-	__u32 hold_to;	   /* ifindex of the hold tap for frames towards the guest, 0 none */
-	__u32 hold_from;   /* ifindex of the hold tap for frames from the guest, 0 none */
-	__u32 network;	   /* index in `networks` of untagged frames */
-	__u32 policy;	   /* index in `policies`, 0 none: everything new is dropped */
-	__u32 channel;	   /* tunnel id of the redirect, 24 bits */
-	__u32 remote;	   /* index in `hosts` of the redirect's far end */
-	__u32 learned;	   /* L2 entries learned behind the port (programs add, ageing corrects) */
+	__u32 ifindex;   /* device of the port; 0 none yet */
+	__u32 hold_to;   /* ifindex of the hold tap for frames towards the guest, 0 none */
+	__u32 hold_from; /* ifindex of the hold tap for frames from the guest, 0 none */
+	__u32 network;   /* index in `networks` of untagged frames */
+	__u32 policy;    /* index in `policies`, 0 none: everything new is dropped */
+	__u32 channel;   /* tunnel id of the redirect, 24 bits */
+	__u32 remote;    /* index in `hosts` of the redirect's far end */
+	__u32 learned;   /* L2 entries learned behind the port (programs add, ageing corrects) */
 	__u32 learned_max;
 	__u8 mac[6];
 	__u16 mtu;
 	__u32 timeouts[TIMEOUT_MAX]; /* milliseconds, by enum ct_state or enum timeout_index */
-	__u32 alarm_full;  /* connections refused because the table was full */
-	__u32 evicted;	   /* connections evicted for a new one */
+	__u32 alarm_full;            /* connections refused because the table was full */
+	__u32 evicted;               /* connections evicted for a new one */
 };
 
 /* What a device is to the switch: key of `devices` is the ifindex. */
 enum device_role {
 	DEVICE_PORT = 1,
-	DEVICE_HOLD_TO = 2,   /* hold tap, frames towards the guest; written back frames go where the gate says */
-	DEVICE_HOLD_FROM = 3, /* hold tap, frames from the guest; written back frames are as if the guest sent them now */
-	DEVICE_JUDGED = 4,    /* frames that the source had judged and counted (drained from its tap): past to_port */
+	DEVICE_HOLD_TO = 2, /* hold tap, frames towards the guest; written back frames go where the gate says */
+	DEVICE_HOLD_FROM =
+	    3,             /* hold tap, frames from the guest; written back frames are as if the guest sent them now */
+	DEVICE_JUDGED = 4, /* frames that the source had judged and counted (drained from its tap): past to_port */
 	DEVICE_UPLINK = 5,
 	DEVICE_TUNNEL = 6,
 };
@@ -161,7 +163,7 @@ enum l2_kind {
 };
 
 enum l2_flag {
-	L2_F_STATIC = 1 << 0,	/* configured: never aged, never moved by learning */
+	L2_F_STATIC = 1 << 0,   /* configured: never aged, never moved by learning */
 	L2_F_LOCATION = 1 << 1, /* a VM's own MAC; set by the agent at open or by word of the coordinator */
 };
 
@@ -170,7 +172,7 @@ struct l2_entry {
 	__u8 flags;
 	__u16 vlan; /* tag to push towards a trunk port, 0 none */
 	__u32 target;
-	__u64 seen; /* ktime */
+	__u64 seen;  /* ktime */
 	__u32 moves; /* times that learning changed the target */
 	__u32 pad;
 };
@@ -179,7 +181,7 @@ struct host { /* underlay address of a host of the cluster, v4-mapped for IPv4; 
 	__be32 addr[4];
 };
 
-struct channel { /* key: 24-bit id. A redirect that ends here */
+struct channel {        /* key: 24-bit id. A redirect that ends here */
 	__be32 from[4]; /* only from this underlay address */
 	__u32 slot;
 	__u32 epoch;
@@ -187,15 +189,15 @@ struct channel { /* key: 24-bit id. A redirect that ends here */
 
 /* GBP mark of frames through the tunnel device: 0 is traffic of a network, else a redirect. */
 #define MARK_REDIRECT 0x4000
-#define MARK_JUDGED 0x2000 /* the source judged and counted it: deliver past to_port */
-#define MARK_PROBE 0x1000  /* path probe: back to the agent, never to a port */
-#define MARK_HOPS 0x0003   /* redirects taken so far */
-#define HOPS_MAX 2
+#define MARK_JUDGED   0x2000 /* the source judged and counted it: deliver past to_port */
+#define MARK_PROBE    0x1000 /* path probe: back to the agent, never to a port */
+#define MARK_HOPS     0x0003 /* redirects taken so far */
+#define HOPS_MAX      2
 
 /* skb->mark while a judged frame goes from from_tunnel to to_port on one host; to_port clears it. */
 #define SKB_MARK_JUDGED 0x6d696772
 
-struct member { /* flood list of a network: dense, ends at kind 0 */
+struct member {    /* flood list of a network: dense, ends at kind 0 */
 	__u8 kind; /* enum l2_kind */
 	__u8 pad;
 	__u16 vlan;
@@ -205,18 +207,18 @@ struct member { /* flood list of a network: dense, ends at kind 0 */
 /* ---- connections -------------------------------------------------------------------------------------------- */
 
 enum ct_state { /* nf_conntrack's names and order for TCP; other protocols use CT_NEW and CT_REPLIED */
-	CT_NONE = 0,
-	CT_SYN_SENT = 1,
-	CT_SYN_RECV = 2,
-	CT_ESTABLISHED = 3,
-	CT_FIN_WAIT = 4,
-	CT_CLOSE_WAIT = 5,
-	CT_LAST_ACK = 6,
-	CT_TIME_WAIT = 7,
-	CT_CLOSE = 8,
-	CT_SYN_SENT2 = 9,
-	CT_NEW = 16,	 /* UDP, ICMP, others: one direction seen */
-	CT_REPLIED = 17, /* both directions seen */
+		CT_NONE = 0,
+		CT_SYN_SENT = 1,
+		CT_SYN_RECV = 2,
+		CT_ESTABLISHED = 3,
+		CT_FIN_WAIT = 4,
+		CT_CLOSE_WAIT = 5,
+		CT_LAST_ACK = 6,
+		CT_TIME_WAIT = 7,
+		CT_CLOSE = 8,
+		CT_SYN_SENT2 = 9,
+		CT_NEW = 16,     /* UDP, ICMP, others: one direction seen */
+		CT_REPLIED = 17, /* both directions seen */
 };
 
 enum ct_flag {
@@ -229,12 +231,12 @@ enum ct_flag {
 };
 
 enum ct_type { /* what an entry of the connection table, or a key of the dirty set, stands for */
-	CT_TYPE_CONNECTION = 0,
-	CT_TYPE_FRAGMENT = 1, /* laddr, raddr, proto; id in lport (high) and rport (low); ports in `mark` */
-	CT_TYPE_L2 = 2,	      /* dirty set only: laddr[0..1] hold the MAC, raddr[0] the network */
+	       CT_TYPE_CONNECTION = 0,
+	       CT_TYPE_FRAGMENT = 1, /* laddr, raddr, proto; id in lport (high) and rport (low); ports in `mark` */
+	       CT_TYPE_L2 = 2,       /* dirty set only: laddr[0..1] hold the MAC, raddr[0] the network */
 };
 
-struct ct_key { /* from the VM's side, so that one look-up serves both directions */
+struct ct_key {          /* from the VM's side, so that one look-up serves both directions */
 	__be32 laddr[4]; /* the guest's own address, v4-mapped for IPv4 */
 	__be32 raddr[4];
 	__be16 lport; /* ICMP echo: identifier */
@@ -248,17 +250,17 @@ struct ct_key { /* from the VM's side, so that one look-up serves both direction
 /* word: state 0-7, flags 8-15, low half of the connection id 32-63, changed only by cmpxchg: what must agree is in it,
  * and a program that still holds a deleted element whose memory has another key now fails its cmpxchg. */
 #define CT_WORD(state, flags, id) ((__u64)(__u32)(id) << 32 | (__u64)(flags) << 8 | (state))
-#define CT_STATE(word) ((__u8)(word))
-#define CT_FLAGS(word) ((__u8)((word) >> 8))
+#define CT_STATE(word)            ((__u8)(word))
+#define CT_FLAGS(word)            ((__u8)((word) >> 8))
 
 struct ct_entry {
 	__u64 word;
-	__u64 seen; /* port time of the last packet */
-	__u64 id;   /* connection id: random, travels with the connection */
+	__u64 seen;   /* port time of the last packet */
+	__u64 id;     /* connection id: random, travels with the connection */
 	__u32 judged; /* digest of the policy it was judged under, 0: judge again at the next packet */
 	__u32 mark;
-	__u64 packets[2]; /* counted on this host; 0 from the guest, 1 to the guest */
-	__u64 bytes[2];	  /* of the IP packets, segments of a GSO frame counted one by one */
+	__u64 packets[2];         /* counted on this host; 0 from the guest, 1 to the guest */
+	__u64 bytes[2];           /* of the IP packets, segments of a GSO frame counted one by one */
 	__u64 carried_packets[2]; /* counted on hosts before; assigned by settle, never by programs */
 	__u64 carried_bytes[2];
 };
@@ -268,15 +270,15 @@ struct ct_entry {
 /* policies[i]: generation in the low half, digest of the rules in the high half: one u64, flipped by one store after
  * the tables of the generation are in place. Generation 0: no policy. */
 #define POLICY_WORD(generation, digest) ((__u64)(digest) << 32 | (__u32)(generation))
-#define POLICY_GENERATION(word) ((__u32)(word))
-#define POLICY_DIGEST(word) ((__u32)((word) >> 32))
+#define POLICY_GENERATION(word)         ((__u32)(word))
+#define POLICY_DIGEST(word)             ((__u32)((word) >> 32))
 
 enum acl_direction { ACL_FROM = 0, ACL_TO = 1 };
 
 enum acl_action { ACL_ALLOW = 1, ACL_DROP = 2, ACL_REJECT = 3 };
 
-struct acl_prefix { /* key of the LPM trie: direction and remote prefix -> row */
-	__u32 length;	/* 32 (direction) + prefix bits of the v4-mapped address */
+struct acl_prefix {   /* key of the LPM trie: direction and remote prefix -> row */
+	__u32 length; /* 32 (direction) + prefix bits of the v4-mapped address */
 	__u8 direction;
 	__u8 pad[3];
 	__be32 addr[4];
@@ -329,42 +331,42 @@ enum drop_reason {
 	DROP_SPOOF_ND = 7,
 	DROP_POLICY = 8,
 	DROP_REJECT = 9,
-	DROP_CT_INVALID = 10,	/* no connection, and not one that may begin one */
+	DROP_CT_INVALID = 10, /* no connection, and not one that may begin one */
 	DROP_CT_FULL = 11,
-	DROP_CT_RACE = 12,	/* the entry was being deleted: the sender repeats */
-	DROP_FRAGMENT = 13,	/* later fragment whose first was not seen */
+	DROP_CT_RACE = 12,  /* the entry was being deleted: the sender repeats */
+	DROP_FRAGMENT = 13, /* later fragment whose first was not seen */
 	DROP_NO_NETWORK = 14,
 	DROP_NO_PLACE = 15,
 	DROP_LEASE = 16,
 	DROP_HOLD_FULL = 17,
 	DROP_NO_HOLD = 18,
-	DROP_CHANNEL = 19,	/* redirect of an unknown channel, source or epoch */
+	DROP_CHANNEL = 19, /* redirect of an unknown channel, source or epoch */
 	DROP_HOPS = 20,
-	DROP_TUNNEL_PEER = 21,	/* not a host of this cluster */
-	DROP_TUNNEL = 22,	/* could not be sent */
+	DROP_TUNNEL_PEER = 21, /* not a host of this cluster */
+	DROP_TUNNEL = 22,      /* could not be sent */
 	DROP_VLAN = 23,
 	DROP_LEARN_LIMIT = 24,
-	DROP_LOOP = 25,		/* would leave where it came in */
+	DROP_LOOP = 25, /* would leave where it came in */
 	DROP_MTU = 26,
 	DROP_BROADCAST_PATH = 27, /* broadcast that comes by the other path during a move */
 	DROP_UNKNOWN_UNICAST = 28,
 	DROP_REASONS = 32,
 };
 
-struct counters { /* per port and CPU; 0 from the guest, 1 to the guest */
+struct counters {         /* per port and CPU; 0 from the guest, 1 to the guest */
 	__u64 packets[2]; /* segments of a GSO frame counted one by one */
-	__u64 bytes[2];	  /* of the frames on the wire */
+	__u64 bytes[2];   /* of the frames on the wire */
 	__u64 drops[DROP_REASONS];
 	__u64 would_drop; /* learning mode */
-	__u64 held[2];	  /* frames that waited in a hold tap; 0 from the guest, 1 to the guest */
+	__u64 held[2];    /* frames that waited in a hold tap; 0 from the guest, 1 to the guest */
 	__u64 redirected;
 };
 
 enum event_type {
 	EVENT_TRACE = 1,
-	EVENT_LOG = 2,	  /* a rule with log matched */
+	EVENT_LOG = 2,    /* a rule with log matched */
 	EVENT_OPENED = 3, /* the guest's first frame opened the port */
-	EVENT_FULL = 4,	  /* a connection was refused or evicted: table full */
+	EVENT_FULL = 4,   /* a connection was refused or evicted: table full */
 	EVENT_PROBE = 5,  /* a path probe came through the tunnel: data holds the frame */
 };
 
@@ -375,17 +377,17 @@ struct event {
 	__u32 slot;
 	__u32 epoch;
 	__u32 ifindex;
-	__u32 length;  /* of the frame */
+	__u32 length; /* of the frame */
 	__u32 rule;
 	__u8 type;
 	__u8 direction; /* 0 from the guest, 1 to the guest */
-	__u8 reason;	/* enum drop_reason, DROP_NONE: passed */
-	__u8 captured;	/* bytes of data */
+	__u8 reason;    /* enum drop_reason, DROP_NONE: passed */
+	__u8 captured;  /* bytes of data */
 	__u8 data[EVENT_BYTES];
 };
 
-struct settings { /* one element */
-	__u32 tunnel;	/* ifindex of the vxlan device, 0 none */
-	__u32 mtu;	/* of the underlay */
-	__u64 boot;	/* random, changes when the maps are made anew */
+struct settings {     /* one element */
+	__u32 tunnel; /* ifindex of the vxlan device, 0 none */
+	__u32 mtu;    /* of the underlay */
+	__u64 boot;   /* random, changes when the maps are made anew */
 };

@@ -1,0 +1,75 @@
+# Everything a person needs of this checkout. `make demo` and `make test` do their whole set-up themselves.
+PYTHON ?= /usr/bin/python3
+CLANG ?= clang-19
+VENV := .venv
+BIN := $(VENV)/bin
+PB := migrator/_pb/migrator_pb2.py
+BPF := datapath/bpf/switch.bpf.o
+BPF_SOURCES := $(wildcard datapath/bpf/*.bpf.c datapath/bpf/lib/*.h)
+BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
+
+.PHONY: help setup packages test lint demo bench build generate bpf clean lock format test-%
+
+help:  ## this list
+	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+setup: packages $(VENV)/.installed $(PB) $(BPF)  ## packages, virtual environment, generated code, BPF programs
+
+packages:
+	@tools/packages
+
+$(VENV)/.installed: requirements.lock pyproject.toml | packages
+	@echo "setting up $(VENV) from requirements.lock"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@MIGRATOR_SKIP_BPF=1 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(PB): proto/migrator/v1/migrator.proto tools/genproto.py $(VENV)/.installed
+	@echo "generating RPC code from $<"
+	@$(BIN)/python tools/genproto.py
+	@touch $@
+
+$(BPF): $(BPF_SOURCES) | packages
+	@echo "compiling $@"
+	@$(CLANG) $(BPF_FLAGS) -c datapath/bpf/switch.bpf.c -o $@
+
+generate: $(PB)  ## RPC code
+
+bpf: $(BPF)  ## BPF programs
+
+test: setup  ## all tests (root)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-%: setup  ## the tests of one folder: make test-unit, test-bpf, test-netns, ...
+	@$(BIN)/python -m pytest tests/$* $(ARGS)
+
+demo: setup  ## move a VM between two hosts under traffic and show what happened (root); JSON=1, PLOT=file.svg
+	@$(BIN)/migrator demo $(if $(JSON),--json) $(if $(PLOT),--plot $(PLOT))
+
+bench: setup  ## measure; B=name for one
+	@$(BIN)/python -m bench $(B) $(ARGS)
+
+lint: setup  ## ruff, mypy, layers, C format, house rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/clang-format --dry-run --Werror datapath/bpf/*.bpf.c datapath/bpf/lib/*.h
+	@tools/houserules
+
+format: setup  ## make the code look as lint wants it
+	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i datapath/bpf/*.bpf.c datapath/bpf/lib/*.h
+
+build: setup  ## a wheel with compiled BPF programs and generated code, in dist/
+	@rm -rf build dist/*.whl
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+	@ls -l dist/*.whl
+
+lock:  ## resolve requirements.lock anew (needs uv)
+	@uv pip compile --quiet --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url --no-header \
+		pyproject.toml -o requirements.lock
+
+clean:  ## remove what was built; keeps $(VENV)
+	@rm -rf build dist migrator/_pb $(BPF) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
