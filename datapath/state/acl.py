@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from datapath.state.kind import Kind, Nature, Record
 
+ACCOUNTING = ("hits", "hit_bytes")
+
 ACL = Kind(
     name="acl",
     version=1,
@@ -30,9 +32,8 @@ ACL = Kind(
         "hits": (int,),  # accounting: connections begun or packets dropped by this rule
         "hit_bytes": (int,),  # accounting
     },
+    accounting=ACCOUNTING,
 )
-
-ACCOUNTING = ("hits", "hit_bytes")
 
 
 def digest(rules: Sequence[Record]) -> int:

@@ -1,7 +1,7 @@
 """What a kind of state is, and the table that carries it.
 
-A kind is one sort of state of one port. Its records are portable: no ifindex, map descriptor, slot, policy generation or
-absolute time. A kind with few records is a list of maps (`records`), a kind with many is columns: one NumPy array a
+A kind is one sort of state of one port. Its records are portable: no ifindex, map descriptor, slot, policy generation
+or absolute time. A kind with few records is a list of maps (`records`), a kind with many is columns: one NumPy array a
 field, all of one length, so that packing is a copy and unpacking a view.
 """
 
@@ -55,7 +55,9 @@ class Kind:
     """One kind of state.
 
     `key` names the fields that identify a record. `required`: a destination that does not know the kind must refuse.
-    Exactly one of `columns` and `fields` is given. `fields` maps a record's field to its Python types.
+    Exactly one of `columns` and `fields` is given. `fields` maps a record's field to its Python types; `defaults` has
+    the values that readers take for fields which a snapshot lacks, `accounting` the fields that may be missing
+    because they are only counted (they are never filled in).
     """
 
     name: str
@@ -65,6 +67,8 @@ class Kind:
     required: bool = True
     columns: Mapping[str, Column] = field(default_factory=dict)
     fields: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    accounting: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from datapath.state.kind import Kind, Nature
 PORT = Kind(
     name="port",
     version=1,
-    nature=Nature.CONFIGURATION,
+    nature=Nature.CONFIGURATION | Nature.ACCOUNTING,
     key=("mac",),
     fields={
         "mac": (str,),  # aa:bb:cc:dd:ee:ff, lower case; identifies the NIC within its VM
@@ -22,5 +22,7 @@ PORT = Kind(
         "timeouts_ms": (dict,),  # name of state.conntrack.TIMEOUTS -> milliseconds; a missing one is the default
         "policy": (str,),  # name of the policy, "" none: everything new is dropped
         "revision": (int,),  # of this configuration, given by the coordinator
+        "counters": (dict,),  # accounting: name -> count, as in PortStatus.counters; comes with settle only
     },
+    accounting=("counters",),
 )
