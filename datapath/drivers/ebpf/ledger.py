@@ -1,0 +1,148 @@
+"""What the kernel's maps cannot tell after a restart of the agent: which port instance a slot is, and names of indexes.
+
+One JSON file a port, one for networks, one for hosts, in `state_dir`. A file is replaced by rename, so a crash leaves
+the old or the new one. The maps are the truth for everything that programs change: states, gates, clocks, tables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datapath.errors import KernelError
+from datapath.provider import Network, NetworkKind, PortRef
+from datapath.state.kind import Record
+
+
+@dataclass(frozen=True)
+class PortEntry:
+    """One port instance as configured here.
+
+    `carried` holds what hosts before counted: {"counters": {name: count}, "hits": {rule id: [packets, bytes]},
+    "ended": {connection id as text: [packets_from, packets_to, bytes_from, bytes_to]}}.
+    """
+
+    slot: int
+    ref: PortRef
+    device: str
+    record: Record
+    state: str = "staged"  # for the day the maps are gone: after a reboot of the host
+    committed: bool = False
+    rules: tuple[Record, ...] = ()
+    carried: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_carried(self, part: str, values: Mapping[Any, Any]) -> PortEntry:
+        """The same with one part of what was carried replaced."""
+        return replace(self, carried={**self.carried, part: dict(values)})
+
+
+class Ledger:
+    """The files. Not thread safe for one port; different ports may be saved side by side."""
+
+    def __init__(self, folder: Path) -> None:
+        self._ports = folder / "ports"
+        self._folder = folder
+        self._ports.mkdir(parents=True, exist_ok=True)
+
+    # ---- ports ----
+
+    def ports(self) -> list[PortEntry]:
+        """Every port instance, by slot."""
+        entries = [_port_from(_read(path)) for path in self._ports.glob("*.json")]
+        return sorted(entries, key=lambda entry: entry.slot)
+
+    def save_port(self, entry: PortEntry, *, durable: bool = True) -> None:
+        """`durable` False: not waited for the disk, for calls within a switchover."""
+        _write(self._ports / f"{entry.slot}.json", asdict(entry), durable=durable)
+
+    def forget_port(self, slot: int) -> None:
+        for path in self._ports.glob(f"{slot}.*"):
+            path.unlink(missing_ok=True)
+
+    def save_fdb(self, slot: int, entries: NDArray[Any]) -> None:
+        """L2 entries that a staged port will own when it opens."""
+        path = self._ports / f"{slot}.fdb.npy"
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, entries, allow_pickle=False)
+        partial.replace(path)
+
+    def fdb(self, slot: int) -> NDArray[Any] | None:
+        path = self._ports / f"{slot}.fdb.npy"
+        if not path.exists():
+            return None
+        loaded: NDArray[Any] = np.load(path, allow_pickle=False)
+        return loaded
+
+    def forget_fdb(self, slot: int) -> None:
+        (self._ports / f"{slot}.fdb.npy").unlink(missing_ok=True)
+
+    # ---- networks and hosts ----
+
+    def networks(self) -> dict[int, Network]:
+        """Index -> network."""
+        return {
+            int(index): Network(**{**values, "kind": NetworkKind(values["kind"])})
+            for index, values in self._read_table("networks").items()
+        }
+
+    def save_networks(self, networks: Mapping[int, Network]) -> None:
+        self._write_table("networks", {str(index): asdict(network) for index, network in networks.items()})
+
+    def hosts(self) -> dict[str, tuple[int, str]]:
+        """Name -> (index, underlay address)."""
+        return {name: (int(index), str(address)) for name, (index, address) in self._read_table("hosts").items()}
+
+    def save_hosts(self, hosts: Mapping[str, tuple[int, str]]) -> None:
+        self._write_table("hosts", dict(hosts))
+
+    def boot(self) -> int:
+        """`settings.boot` of the maps that the ledger belongs to, 0 at first."""
+        return int(self._read_table("switch").get("boot", 0))
+
+    def save_boot(self, boot: int) -> None:
+        self._write_table("switch", {"boot": boot})
+
+    def destroy(self) -> None:
+        """Delete every file."""
+        for path in [*self._ports.iterdir(), *self._folder.glob("*.json"), *self._folder.glob("*.partial")]:
+            path.unlink()
+        self._ports.rmdir()
+
+    def _read_table(self, name: str) -> dict[str, Any]:
+        path = self._folder / f"{name}.json"
+        return _read(path) if path.exists() else {}
+
+    def _write_table(self, name: str, table: Mapping[str, Any]) -> None:
+        _write(self._folder / f"{name}.json", table, durable=True)
+
+
+def _port_from(values: dict[str, Any]) -> PortEntry:
+    return PortEntry(**{**values, "ref": PortRef(**values["ref"]), "rules": tuple(values["rules"])})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise KernelError(
+            f"read {path}: {error}", 5, hint="the file was damaged; move it away and stage its port again"
+        ) from error
+    return values
+
+
+def _write(path: Path, values: Mapping[str, Any], *, durable: bool) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        json.dump(values, file, separators=(",", ":"))
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    partial.replace(path)
