@@ -9,6 +9,7 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 
+#include "abi.h"
 #include "types.h"
 
 #define PINNED __uint(pinning, LIBBPF_PIN_BY_NAME)

@@ -259,7 +259,7 @@ def prog_load(type_: int, instructions: bytes, license_: str = "GPL") -> int:
 
 
 def prog_run(fd: int, data: bytes | None = None, *, ctx: int = 0, ctx_size: int = 0, repeat: int = 0) -> Run:
-    """BPF_PROG_RUN. A tc program takes a frame as `data` and a struct __sk_buff as ctx or none; a syscall program a ctx.
+    """BPF_PROG_RUN. A tc program takes a frame as `data`, a struct __sk_buff as ctx if wanted; others take a ctx.
 
     `ctx` is the address of `ctx_size` bytes. A syscall program writes its results there; that of a tc program is only
     read. `data` of the result is the frame as the program left it.

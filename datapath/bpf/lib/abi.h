@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Keeps in BTF what user space reads from it: clang leaves out a type that only constants or map templates use, and
+ * macros altogether. A structure or enumeration that the agent needs is named in `abi`, a macro in `abi_constant`.
+ */
+#pragma once
+
+#include "types.h"
+
+enum abi_constant { /* user space drops the prefix */
+		    ABI_SLOTS_DEFAULT = SLOTS_DEFAULT,
+		    ABI_NETWORKS_DEFAULT = NETWORKS_DEFAULT,
+		    ABI_HOSTS_DEFAULT = HOSTS_DEFAULT,
+		    ABI_FLOOD_MEMBERS = FLOOD_MEMBERS,
+		    ABI_MARK_REDIRECT = MARK_REDIRECT,
+		    ABI_MARK_JUDGED = MARK_JUDGED,
+		    ABI_MARK_PROBE = MARK_PROBE,
+		    ABI_MARK_HOPS = MARK_HOPS,
+		    ABI_HOPS_MAX = HOPS_MAX,
+		    ABI_SKB_MARK_JUDGED = SKB_MARK_JUDGED,
+		    ABI_EVENT_BYTES = EVENT_BYTES,
+};
+
+union abi {
+	enum abi_constant constants;
+	enum port_state port_state;
+	enum port_flag port_flag;
+	enum gate_target gate_target;
+	enum timeout_index timeout_index;
+	enum device_role device_role;
+	enum network_kind network_kind;
+	enum l2_kind l2_kind;
+	enum l2_flag l2_flag;
+	enum ct_state ct_state;
+	enum ct_flag ct_flag;
+	enum ct_type ct_type;
+	enum acl_direction acl_direction;
+	enum acl_action acl_action;
+	enum drop_reason drop_reason;
+	enum event_type event_type;
+	struct port port;
+	struct device device;
+	struct network network;
+	struct uplink_key uplink_key;
+	struct trunk_key trunk_key;
+	struct l2_key l2_key;
+	struct l2_entry l2_entry;
+	struct host host;
+	struct channel channel;
+	struct member member;
+	struct ct_key ct_key;
+	struct ct_entry ct_entry;
+	struct acl_prefix acl_prefix;
+	struct acl_interval acl_interval;
+	struct acl_group acl_group;
+	struct acl_shape acl_shape;
+	struct acl_rule acl_rule;
+	struct hits_key hits_key;
+	struct hits hits;
+	struct counters counters;
+	struct event event;
+	struct settings settings;
+} _abi __attribute__((unused));

@@ -1,0 +1,202 @@
+"""The switch's data model as NumPy dtypes and constants: datapath/bpf/lib/types.h, where every field is explained.
+
+Layouts are declared here for readers and type checkers and compared with the object's BTF at load (`check`): sizes,
+offsets, formats and byte order of every field. Constants are not repeated: `C.PORT_STAGED` is the enumerator in BTF.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from datapath.drivers.ebpf.btf import Btf, read_object
+from datapath.errors import FeatureMissing
+
+_Fields = list[tuple[str, str] | tuple[str, str, int]]
+
+STRUCTURES: dict[str, np.dtype[Any]] = {}
+"""Name in C -> declared layout."""
+
+
+def _structure(name: str, fields: _Fields) -> np.dtype[Any]:
+    STRUCTURES[name] = np.dtype(fields, align=True)
+    return STRUCTURES[name]
+
+
+PORT = _structure(
+    "port",
+    [
+        ("word", "<u8"),
+        ("commit", "<u8"),
+        ("gate", "<u8"),
+        ("held_to", "<i8"),
+        ("held_from", "<i8"),
+        ("lease", "<u8"),
+        ("time_base", "<u8"),
+        ("time_floor", "<u8"),
+        ("redirected", "<u8"),
+        ("slot", "<u4"),
+        ("ifindex", "<u4"),
+        ("hold_to", "<u4"),
+        ("hold_from", "<u4"),
+        ("network", "<u4"),
+        ("policy", "<u4"),
+        ("channel", "<u4"),
+        ("remote", "<u4"),
+        ("learned", "<u4"),
+        ("learned_max", "<u4"),
+        ("mac", "u1", 6),
+        ("mtu", "<u2"),
+        ("timeouts", "<u4", 16),
+        ("alarm_full", "<u4"),
+        ("evicted", "<u4"),
+    ],
+)
+DEVICE = _structure("device", [("slot", "<u4"), ("role", "<u4")])
+ADDRESS_KEY = _structure("address_key", [("slot", "<u4"), ("addr", ">u4", 4)])
+NETWORK = _structure(
+    "network",
+    [("kind", "<u4"), ("uplink", "<u4"), ("vni", "<u4"), ("vid", "<u2"), ("mtu", "<u2"), ("drops", "<u8")],
+)
+UPLINK_KEY = _structure("uplink_key", [("ifindex", "<u4"), ("vid", "<u2"), ("pad", "<u2")])
+TRUNK_KEY = _structure("trunk_key", [("slot", "<u4"), ("vid", "<u2"), ("pad", "<u2")])
+L2_KEY = _structure("l2_key", [("network", "<u4"), ("mac", "u1", 6), ("pad", "<u2")])
+L2_ENTRY = _structure(
+    "l2_entry",
+    [
+        ("kind", "u1"),
+        ("flags", "u1"),
+        ("vlan", "<u2"),
+        ("target", "<u4"),
+        ("seen", "<u8"),
+        ("moves", "<u4"),
+        ("pad", "<u4"),
+    ],
+)
+HOST = _structure("host", [("addr", ">u4", 4)])
+CHANNEL = _structure("channel", [("from", ">u4", 4), ("slot", "<u4"), ("epoch", "<u4")])
+MEMBER = _structure("member", [("kind", "u1"), ("pad", "u1"), ("vlan", "<u2"), ("target", "<u4")])
+CT_KEY = _structure(
+    "ct_key",
+    [
+        ("laddr", ">u4", 4),
+        ("raddr", ">u4", 4),
+        ("lport", ">u2"),
+        ("rport", ">u2"),
+        ("proto", "u1"),
+        ("type", "u1"),
+        ("from", "u1"),
+        ("pad", "u1"),
+    ],
+)
+CT_ENTRY = _structure(
+    "ct_entry",
+    [
+        ("word", "<u8"),
+        ("seen", "<u8"),
+        ("id", "<u8"),
+        ("judged", "<u4"),
+        ("mark", "<u4"),
+        ("packets", "<u8", 2),
+        ("bytes", "<u8", 2),
+        ("carried_packets", "<u8", 2),
+        ("carried_bytes", "<u8", 2),
+    ],
+)
+ACL_PREFIX = _structure("acl_prefix", [("length", "<u4"), ("direction", "u1"), ("pad", "u1", 3), ("addr", ">u4", 4)])
+ACL_INTERVAL = _structure("acl_interval", [("start", "<u4"), ("row", "<u4")])
+ACL_GROUP = _structure("acl_group", [("bits", "<u8", 4)])
+ACL_SHAPE = _structure("acl_shape", [("rules", "<u4"), ("intervals", "<u4"), ("groups", "<u4"), ("pad", "<u4", 5)])
+ACL_RULE = _structure("acl_rule", [("id", "<u4"), ("action", "u1"), ("log", "u1"), ("pad", "<u2")])
+HITS_KEY = _structure("hits_key", [("slot", "<u4"), ("rule", "<u4")])
+HITS = _structure("hits", [("packets", "<u8"), ("bytes", "<u8")])
+COUNTERS = _structure(
+    "counters",
+    [
+        ("packets", "<u8", 2),
+        ("bytes", "<u8", 2),
+        ("drops", "<u8", 32),
+        ("would_drop", "<u8"),
+        ("held", "<u8", 2),
+        ("redirected", "<u8"),
+    ],
+)
+EVENT = _structure(
+    "event",
+    [
+        ("time", "<u8"),
+        ("slot", "<u4"),
+        ("epoch", "<u4"),
+        ("ifindex", "<u4"),
+        ("length", "<u4"),
+        ("rule", "<u4"),
+        ("type", "u1"),
+        ("direction", "u1"),
+        ("reason", "u1"),
+        ("captured", "u1"),
+        ("data", "u1", 128),
+    ],
+)
+SETTINGS = _structure("settings", [("tunnel", "<u4"), ("mtu", "<u4"), ("boot", "<u8")])
+
+
+class Constants:
+    """Enumerators of types.h by name, read from the object at first use.
+
+    Macros that lib/abi.h names are here too, without its prefix. Raises FeatureMissing while the object is not built.
+    """
+
+    _PREFIX = "ABI_"
+
+    @cached_property
+    def _all(self) -> dict[str, int]:
+        return {name.removeprefix(self._PREFIX): value for name, value in read_object().constants.items()}
+
+    def __getattr__(self, name: str) -> int:
+        if name.startswith("_") or name not in self._all:
+            raise AttributeError(f"no enumerator or exported macro of types.h: {name}")
+        return self._all[name]
+
+    def named(self, prefix: str) -> dict[int, str]:
+        """Value -> name without the prefix, of all that begin with it: named("DROP_")[8] == "POLICY"."""
+        found = {name: value for name, value in self._all.items() if name.startswith(prefix)}
+        return {value: name.removeprefix(prefix) for name, value in found.items()}
+
+
+C = Constants()
+
+
+def check(btf: Btf, declared: Mapping[str, np.dtype[Any]] = STRUCTURES, *, where: str = "the BPF object") -> None:
+    """Compare declared layouts with BTF. Raises FeatureMissing that names each structure and field that differs."""
+    found = [line for name, layout in declared.items() for line in _differences(name, layout, btf.structures.get(name))]
+    if found:
+        shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
+        raise FeatureMissing(
+            f"layouts differ between {where} and this program: {shown}",
+            hint="build both from one version: make bpf; maps of another version go by `migrator switch destroy`",
+        )
+
+
+def _differences(name: str, ours: np.dtype[Any], theirs: np.dtype[Any] | None) -> list[str]:
+    if theirs is None:
+        return [f"struct {name} is not there"]
+    found = []
+    if ours.itemsize != theirs.itemsize:
+        found.append(f"{name} has {theirs.itemsize} bytes, not {ours.itemsize}")
+    mine: Mapping[str, Any] = ours.fields or {}
+    other: Mapping[str, Any] = theirs.fields or {}
+    for field in [*mine, *(name for name in other if name not in mine)]:
+        if field not in other or field not in mine:
+            found.append(f"{name}.{field} is only {'here' if field in mine else 'there'}")
+        elif mine[field][1] != other[field][1]:
+            found.append(f"{name}.{field} is at {other[field][1]}, not {mine[field][1]}")
+        elif mine[field][0] != other[field][0]:
+            found.append(f"{name}.{field} is {_text(other[field][0])}, not {_text(mine[field][0])}")
+    return found
+
+
+def _text(dtype: np.dtype[Any]) -> str:
+    return f"{dtype.base.str}{list(dtype.shape) if dtype.shape else ''}"
