@@ -1,12 +1,95 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Whether a frame may pass a port: the one entry point of connections, policy and fragments.
+ *
+ * Without a connection:
+ *  - What is not IP passes; anti-spoofing is the caller's.
+ *  - Frames to a group MAC have many receivers and no reply to their sender's port: each is judged by the policy alone.
+ *  - Neighbour discovery and multicast listener messages pass, as ARP does; a router's messages from the guest do not.
+ *  - DHCP answers to the guest pass: they come from a server to an address that asked by broadcast.
+ */
 #pragma once
 
-#include "maps.h"
-#include "parse.h"
+#include "frag.h"
+#include "related.h"
 
+/* RFC 4861 (hop limit 255: not routed), RFC 2710, RFC 3810 */
+static __always_inline int judge_is_discovery(const struct packet *pkt, int direction)
+{
+	__u8 type = pkt->icmp_type;
+
+	if (pkt->proto != IPPROTO_ICMPV6)
+		return 0;
+	if ((type >= 130 && type <= 132) || type == 143)
+		return 1;
+	if (type == 134 || type == 137) /* router advertisement, redirect */
+		return direction == TO_GUEST && pkt->hops == 255;
+	return type >= 133 && type <= 136 && pkt->hops == 255;
+}
+
+/* RFC 2131, RFC 8415 */
+static __always_inline int judge_is_dhcp_answer(const struct packet *pkt, int direction)
+{
+	if (pkt->proto != IPPROTO_UDP || direction != TO_GUEST)
+		return 0;
+	if (pkt->l3 == L3_IPV4)
+		return pkt->rport == bpf_htons(67) && pkt->lport == bpf_htons(68);
+	return pkt->rport == bpf_htons(547) && pkt->lport == bpf_htons(546);
+}
+
+static __always_inline int judge_is_stateless(const struct packet *pkt)
+{
+	if (pkt->group)
+		return 1;
+	return (pkt->proto == IPPROTO_ICMP || pkt->proto == IPPROTO_ICMPV6) &&
+	       !icmp_query_kind(pkt->proto, pkt->icmp_type);
+}
+
+static __always_inline int judge_packet(struct tracking *t)
+{
+	struct packet *pkt = t->pkt;
+
+	if (pkt->fragment == FRAGMENT_LATER)
+		return fragment_follow(t);
+	if (packet_is_icmp_error(pkt))
+		return related(t);
+	if (judge_is_discovery(pkt, t->direction) || judge_is_dhcp_answer(pkt, t->direction))
+		return DROP_NONE;
+	if (judge_is_stateless(pkt))
+		return track_judge(t, t->direction);
+	return track(t);
+}
+
+/*
+ * Judges the frame that parse() described and keeps the connection table. The caller has seen that the port is ACTIVE
+ * (nothing may be written otherwise) and not STATELESS. `direction` is FROM_GUEST or TO_GUEST.
+ * Returns enum drop_reason: DROP_NONE to pass, DROP_REJECT after an answer was sent to the sender. Packet pointers are
+ * void afterwards. Global, so that it is verified once.
+ */
 __noinline int judge(struct __sk_buff *skb, struct port *port, struct packet *pkt, int direction)
 {
-	if (!port || !pkt || skb->len < direction)
+	struct tracking t = { .skb = skb, .port = port, .pkt = pkt };
+	__u64 *policy;
+	__u32 index;
+	int reason;
+
+	if (!port || !pkt)
 		return DROP_MALFORMED;
-	return DROP_NONE;
+	if (pkt->l3 != L3_IPV4 && pkt->l3 != L3_IPV6)
+		return DROP_NONE;
+	t.slot = port->slot;
+	t.direction = direction & 1;
+	t.flags = PORT_FLAGS(READ_ONCE(port->word));
+	t.now = ct_time(port);
+	t.table = bpf_map_lookup_elem(&conntracks, &t.slot);
+	if (!t.table)
+		return DROP_NOT_ACTIVE;
+	index = port->policy;
+	policy = index ? bpf_map_lookup_elem(&policies, &index) : NULL;
+	t.policy = policy ? READ_ONCE(*policy) : 0;
+	ct_key_of(&t.key, pkt);
+	reason = judge_packet(&t);
+	if (reason == DROP_NONE && pkt->fragment == FRAGMENT_FIRST)
+		fragment_record(&t);
+	return reason;
 }

@@ -39,7 +39,8 @@ enum tcp_flag {
 };
 
 /* Addresses are v4-mapped for IPv4 and all zero for frames that are not IP. Ports are those of TCP and UDP; for an ICMP
- * query lport is the identifier; 0 for everything else. Offsets count from skb->data. */
+ * query lport is the identifier and rport says who asks what (QUERY_*); 0 for everything else.
+ * Offsets count from skb->data. */
 struct packet {
 	__be32 laddr[4]; /* the guest's side: source of what comes from the guest, destination of what goes to it */
 	__be32 raddr[4];
@@ -95,6 +96,11 @@ static __always_inline int packet_is_icmp_error(const struct packet *pkt)
 	       pkt->icmp_type == 12;
 }
 
+/* rport of an ICMP query: its request type (0 stands for echo), and QUERY_INBOUND when the remote side asks. So that the
+ * guest and a remote host may ping each other with the same identifier and have two entries. */
+#define QUERY_TYPE 0x00ff
+#define QUERY_INBOUND 0x8000
+
 enum icmp_query {
 	ICMP_QUERY_NONE = 0,
 	ICMP_QUERY_REQUEST = 1,
@@ -113,4 +119,18 @@ static __always_inline enum icmp_query icmp_query_kind(__u8 proto, __u8 type)
 	if (type == 0 || type == 14 || type == 16 || type == 18)
 		return ICMP_QUERY_REPLY;
 	return ICMP_QUERY_NONE;
+}
+
+static __always_inline void packet_set_query(struct packet *pkt, int direction, __be16 identifier)
+{
+	enum icmp_query kind = icmp_query_kind(pkt->proto, pkt->icmp_type);
+	int inbound = (kind == ICMP_QUERY_REQUEST) == (direction == TO_GUEST);
+	__u16 asked = 0;
+
+	if (kind == ICMP_QUERY_NONE)
+		return;
+	if (pkt->proto == IPPROTO_ICMP && pkt->icmp_type != 0 && pkt->icmp_type != 8) /* a reply is its request + 1 */
+		asked = kind == ICMP_QUERY_REQUEST ? pkt->icmp_type : pkt->icmp_type - 1;
+	pkt->lport = identifier;
+	pkt->rport = bpf_htons(asked | (inbound ? QUERY_INBOUND : 0));
 }

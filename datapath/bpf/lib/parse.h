@@ -149,8 +149,7 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 	if (!tcp && pkt->proto != IPPROTO_UDP) {
 		pkt->icmp_type = head[0];
 		pkt->icmp_code = head[1];
-		if (icmp_query_kind(pkt->proto, pkt->icmp_type))
-			pkt->lport = ports[2];
+		packet_set_query(pkt, direction, ports[2]);
 		return 8;
 	}
 	pkt->lport = direction == FROM_GUEST ? ports[0] : ports[1];
