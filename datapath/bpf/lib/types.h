@@ -19,6 +19,7 @@
 #define NETWORKS_DEFAULT 4096
 #define HOSTS_DEFAULT    4096
 #define FLOOD_MEMBERS    1024 /* members of one network on one host */
+#define HOLD_FRAMES 16383 /* that wait in one hold tap at most: its queue (txqueuelen 16384) never overflows */
 
 /* ---- ports -------------------------------------------------------------------------------------------------- */
 
@@ -160,6 +161,7 @@ enum l2_kind {
 	L2_PORT = 1,   /* target: slot. Where the frames really go is the port's gate */
 	L2_UPLINK = 2, /* target: ifindex */
 	L2_TUNNEL = 3, /* target: index in `hosts` */
+	L2_HOST = 4,   /* target: ifindex of an uplink. Up the stack of this host, as if it had come in there */
 };
 
 enum l2_flag {

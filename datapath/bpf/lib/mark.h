@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* skb->mark carries one bit of news within a host: the switch itself has judged this frame (SKB_MARK_JUDGED). */
+#pragma once
+
+#include <linux/bpf.h>
+
+#include "types.h"
+
+static __always_inline void mark_set(struct __sk_buff *skb, __u32 mark)
+{
+	asm volatile("" : "+r"(skb)); /* a store through ctx + offset in a register is refused by the verifier */
+	skb->mark = mark;
+}
+
+/* True when the frame is marked as judged; the mark is gone then. */
+static __always_inline int mark_take(struct __sk_buff *skb)
+{
+	if (skb->mark != SKB_MARK_JUDGED)
+		return 0;
+	mark_set(skb, 0);
+	return 1;
+}

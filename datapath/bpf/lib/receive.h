@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What a guest sends: open, hold, classify, check, judge, learn, forward. Shared by the port's device and by the hold
+ * tap whose frames are as if the guest sent them now.
+ */
+#pragma once
+
+#include <linux/bpf.h>
+#include <linux/pkt_cls.h>
+#include <bpf/bpf_helpers.h>
+
+#include "atomic.h"
+#include "count.h"
+#include "flood.h"
+#include "gate.h"
+#include "judge.h"
+#include "l2.h"
+#include "maps.h"
+#include "mark.h"
+#include "packet.h"
+#include "spoof.h"
+#include "vlan.h"
+
+#define OPEN_ATTEMPTS 4 /* the word changes meanwhile only by a flag */
+
+/*
+ * The guest's first frame: it runs here. Opens a staged port whose epoch was committed, so that the guest waits for no
+ * agent. Returns the port's state after it.
+ */
+static __noinline __u8 receive_open(struct __sk_buff *skb, struct port *port)
+{
+	__u64 word = READ_ONCE(port->word);
+
+	for (int i = 0; i < OPEN_ATTEMPTS; i++) {
+		if (PORT_STATE(word) != PORT_STAGED || !PORT_EPOCH(word) || READ_ONCE(port->commit) != PORT_EPOCH(word))
+			break;
+		if (cas(&port->word, word, (word & ~0xffULL) | PORT_ACTIVE)) {
+			WRITE_ONCE(port->gate, GATE_WORD(GATE_LOCAL, 0));
+			l2_take(port, port->network, 0);
+			event_send(skb, port->slot, EVENT_WHAT(EVENT_OPENED, FROM_GUEST, DROP_NONE), 0);
+			return PORT_ACTIVE;
+		}
+		word = READ_ONCE(port->word);
+	}
+	return PORT_STATE(word);
+}
+
+/* Frames of a guest that the port may not pass yet, and those behind them, wait. Returns enum drop_reason. */
+static __always_inline int receive_hold(struct __sk_buff *skb, struct port *port, __u8 state)
+{
+	int reason;
+
+	if (state == PORT_STAGED && lease_passed(port))
+		return DROP_LEASE;
+	reason = hold(skb, &port->held_from, port->hold_from);
+	if (!reason)
+		count_held(port->slot, FROM_GUEST);
+	return reason;
+}
+
+/* The network of a frame from the port, its tag taken off: index in `networks`, or 0 for a tag that the port may not
+ * use. */
+static __noinline __u32 receive_network(struct __sk_buff *skb, struct port *port, int vid)
+{
+	struct trunk_key key = {.slot = port->slot, .vid = vid};
+	__u32 *network;
+
+	if (vid < 0 || vlan_strip(skb))
+		return 0;
+	if (!vid)
+		return port->network;
+	if (!(port_flags(port) & PORT_F_TRUNK))
+		return 0;
+	network = bpf_map_lookup_elem(&trunks, &key);
+	return network ? *network : 0;
+}
+
+/* Everything between the network of a frame and its forwarding. Returns enum drop_reason. */
+static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __u32 network, __u32 vid)
+{
+	__u32 flags = port_flags(port);
+	struct packet pkt = {};
+	struct ethhdr eth;
+	int reason;
+
+	reason = parse(skb, &pkt, FROM_GUEST);
+	if (reason)
+		return reason;
+	if (l2_macs(skb, &eth))
+		return DROP_MALFORMED;
+	if (flags & PORT_F_ANTISPOOF)
+		reason = spoof_check(skb, port, &pkt, network, eth.h_source);
+	if (!reason && mac_is_group(eth.h_source))
+		reason = DROP_SPOOF_MAC;
+	if (!reason && !(flags & PORT_F_STATELESS))
+		reason = judge(skb, port, &pkt, FROM_GUEST);
+	if (!reason)
+		reason = l2_learn_port(port, network, eth.h_source, vid);
+	if (!reason)
+		count_passed(skb, port, &pkt, FROM_GUEST);
+	return reason;
+}
+
+/*
+ * A frame of the guest in `slot`. `path`: PATH_PASSED for one that was held already, PATH_CLONE when the caller keeps
+ * the frame. Returns the verdict. Inline: a chain of calls may be 8 deep, and judge() and forward() need them.
+ */
+static __always_inline int receive(struct __sk_buff *skb, __u32 slot, __u32 path)
+{
+	struct port *port = bpf_map_lookup_elem(&ports, &slot);
+	__u32 network;
+	int reason = DROP_NONE, vid;
+	__u8 state;
+
+	if (!port || !slot)
+		return drop_slot(skb, 0, FROM_GUEST, DROP_NO_PORT);
+	state = receive_open(skb, port);
+	if (state == PORT_STAGED || (state == PORT_ACTIVE && !(path & PATH_PASSED) && READ_ONCE(port->held_from))) {
+		reason = receive_hold(skb, port, state);
+		return reason ? drop_at(skb, port, FROM_GUEST, reason) : TC_ACT_SHOT;
+	}
+	if (state != PORT_ACTIVE)
+		return drop_at(skb, port, FROM_GUEST, DROP_NOT_ACTIVE);
+	vid = vlan_id(skb);
+	network = receive_network(skb, port, vid);
+	if (!network)
+		return drop_at(skb, port, FROM_GUEST, vid ? DROP_VLAN : DROP_NO_NETWORK);
+	if (!mark_take(skb)) /* marked: the switch's own answer for the guest, a reject */
+		reason = receive_check(skb, port, network, vid);
+	if (reason)
+		return drop_at(skb, port, FROM_GUEST, reason);
+	return forward(skb, network, SOURCE(L2_PORT, slot), path & PATH_CLONE);
+}

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* Egress of a VM's device: the last judgement before the guest. The frame has the tag that the guest is to see. */
+#include "lib/count.h"
+#include "lib/judge.h"
+#include "lib/maps.h"
+#include "lib/mark.h"
+
+static __noinline int to_port_check(struct __sk_buff *skb, struct port *port)
+{
+	struct packet pkt = {};
+	int reason = parse(skb, &pkt, TO_GUEST);
+
+	if (!reason && !(port_flags(port) & PORT_F_STATELESS))
+		reason = judge(skb, port, &pkt, TO_GUEST);
+	if (!reason)
+		count_passed(skb, port, &pkt, TO_GUEST);
+	return reason;
+}
+
+SEC("tc")
+int to_port(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	struct device *device = bpf_map_lookup_elem(&devices, &ifindex);
+	struct port *port = NULL;
+	int reason;
+
+	if (device && device->role == DEVICE_PORT && device->slot)
+		port = bpf_map_lookup_elem(&ports, &device->slot);
+	if (!port)
+		return drop_slot(skb, 0, TO_GUEST, DROP_NO_PORT);
+	if (mark_take(skb)) /* judged and counted where it comes from */
+		return TC_ACT_OK;
+	if (PORT_STATE(READ_ONCE(port->word)) != PORT_ACTIVE)
+		return drop_at(skb, port, TO_GUEST, DROP_NOT_ACTIVE);
+	reason = to_port_check(skb, port);
+	return reason ? drop_at(skb, port, TO_GUEST, reason) : TC_ACT_OK;
+}
