@@ -1,0 +1,369 @@
+"""The source's machine: the host that the VM leaves.
+
+Until it sends `final` nothing can happen at the destination that it has not seen, so it may give up alone. From `final`
+on only the guest decides: it runs here again (roll back at once, unasked) or there (redirect). What it never does
+is to let a port pass frames whose guest may be elsewhere, or to delete what the destination has not confirmed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from migrator.lifecycle.machine import Action, Event, Guest, Role, Verdict
+from migrator.lifecycle.source_words import (
+    EARLY,
+    LEFT,
+    STOPPING,
+    UNSURE,
+    AbortAsked,
+    Ask,
+    Authorised,
+    Cancel,
+    CancelFailed,
+    Connect,
+    Converged,
+    Copy,
+    Drain,
+    Drained,
+    EndRedirect,
+    Failed,
+    GuestFits,
+    GuestGone,
+    GuestPaused,
+    GuestResumed,
+    Held,
+    Hold,
+    PeerCommitted,
+    PeerFailed,
+    PeerLost,
+    PeerOpened,
+    PeerSaid,
+    PeerSettled,
+    Phase,
+    Probe,
+    Probed,
+    Purge,
+    Ready,
+    Redirect,
+    Redirected,
+    Restarted,
+    Resume,
+    SendAbort,
+    SendFinal,
+    Settle,
+    Shut,
+    Suspend,
+    Tell,
+    Timeout,
+    Watch,
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """One migration at its source."""
+
+    phase: Phase = Phase.PROBING
+    guest: Guest = Guest.RUNNING
+    authorised: bool = False
+    peer: bool = False  # the stream is up and the destination has not failed
+    final: bool = False  # `final` may have been sent: the destination may have committed
+    drained: bool = False  # everything has been sent since the guest stopped
+
+
+Step = tuple[State, tuple[Action, ...]]
+
+
+def begin() -> Step:
+    return State(), (Probe(),)
+
+
+def step(state: State, event: Event) -> Step:
+    """What `event` makes of `state`. Never raises for an event of this module or a Verdict."""
+    handler = _HANDLERS.get(type(event))
+    return handler(state, event) if handler else (state, ())
+
+
+# ---- going on ----
+
+
+def _probed(state: State, _: Probed) -> Step:
+    return (replace(state, phase=Phase.CONNECTING), (Connect(),)) if state.phase is Phase.PROBING else (state, ())
+
+
+def _ready(state: State, _: Ready) -> Step:
+    if state.phase is Phase.SETTLING:
+        return replace(state, peer=True), (Settle(),)
+    if state.phase is not Phase.CONNECTING:
+        return state, ()
+    state = replace(state, peer=True)
+    if state.guest is Guest.RUNNING:
+        return replace(state, phase=Phase.COPYING), (Copy(),)
+    return replace(state, phase=Phase.DRAINING), (Drain(follow=True),)
+
+
+def _converged(state: State, _: Converged) -> Step:
+    if state.phase is not Phase.COPYING:
+        return state, ()
+    if state.authorised:
+        return replace(state, phase=Phase.WATCHING), (Watch(),)
+    return replace(state, phase=Phase.CONVERGED), (Tell("converged"),)
+
+
+def _authorised(state: State, _: Authorised) -> Step:
+    state = replace(state, authorised=True)
+    if state.phase is Phase.CONVERGED:
+        return replace(state, phase=Phase.WATCHING), (Watch(),)
+    if state.phase is Phase.DRAINED:
+        return replace(state, phase=Phase.FINAL, final=True), (SendFinal(),)
+    return state, ()
+
+
+def _guest_fits(state: State, _: GuestFits) -> Step:
+    return (replace(state, phase=Phase.HOLDING), (Hold(),)) if state.phase is Phase.WATCHING else (state, ())
+
+
+def _held(state: State, _: Held) -> Step:
+    if state.phase is not Phase.HOLDING:
+        return state, ()
+    return replace(state, phase=Phase.SUSPENDING), (Suspend(), Tell("held"))
+
+
+def _drained(state: State, _: Drained) -> Step:
+    if state.phase not in {Phase.DRAINING, Phase.ABORTING}:
+        return state, ()
+    state = replace(state, drained=True)
+    if state.phase is Phase.ABORTING:
+        return state, ()
+    if state.authorised:
+        return replace(state, phase=Phase.FINAL, final=True), (SendFinal(), Tell("paused"))
+    return replace(state, phase=Phase.DRAINED), (Tell("paused"),)
+
+
+def _peer_committed(state: State, _: PeerCommitted) -> Step:
+    if state.phase in {Phase.FINAL, Phase.ABORTING}:
+        return replace(state, phase=Phase.COMMITTED), (Tell("committed"),)
+    return state, ()
+
+
+def _peer_opened(state: State, _: Event) -> Step:
+    if state.phase in LEFT or (state.phase is Phase.ABORTED and state.guest is Guest.RUNNING):
+        return state, ()
+    return replace(state, phase=Phase.REDIRECTING), (Redirect(),)
+
+
+def _redirected(state: State, _: Redirected) -> Step:
+    if state.phase is not Phase.REDIRECTING:
+        return state, ()
+    after = (Settle(),) if state.peer else (Connect(),)
+    return replace(state, phase=Phase.SETTLING), (Tell("redirecting"), *after)
+
+
+def _peer_settled(state: State, _: PeerSettled) -> Step:
+    if state.phase is not Phase.SETTLING:
+        return state, ()
+    return replace(state, phase=Phase.STUB), (Purge(keep_redirect=True), Tell("settled"))
+
+
+def _end_redirect(state: State, _: EndRedirect) -> Step:
+    if state.phase not in LEFT or state.phase is Phase.RELEASED:
+        return state, ()
+    return replace(state, phase=Phase.RELEASED), (Purge(keep_redirect=False),)
+
+
+# ---- the guest ----
+
+
+def _guest_paused(state: State, event: GuestPaused) -> Step:
+    if not event.moving and state.phase is not Phase.SUSPENDING:
+        return state, ()
+    led = state.phase is Phase.SUSPENDING
+    state = replace(state, guest=Guest.PAUSED)
+    if state.phase in {Phase.PROBING, Phase.CONNECTING}:
+        return state, (Shut(),)
+    if state.phase in EARLY or led:
+        return replace(state, phase=Phase.DRAINING), (Drain(follow=not led),)
+    return state, ()
+
+
+def _guest_resumed(state: State, _: GuestResumed) -> Step:
+    stopped = state.guest is not Guest.RUNNING
+    state = replace(state, guest=Guest.RUNNING)
+    if state.phase in LEFT or state.phase is Phase.ABORTED:
+        return state, ()
+    if state.phase in EARLY and not stopped:
+        return state, ()
+    if state.phase is Phase.SUSPENDING:
+        return state, ()  # of an earlier pause: ours has not been seen yet
+    return _roll_back(state, "the guest runs at the source again")
+
+
+def _guest_gone(state: State, event: GuestGone) -> Step:
+    if event.moved and state.phase in EARLY | {Phase.SUSPENDING}:
+        state, actions = _guest_paused(state, GuestPaused(moving=True))
+        return replace(state, guest=Guest.GONE), actions
+    early = state.phase in EARLY
+    state = replace(state, guest=Guest.GONE)
+    if early:
+        return _end(state, "aborted", "the VM ended during the migration")
+    if event.moved or state.phase in LEFT | {Phase.ABORTED}:
+        return state, ()
+    return state, (Tell("failed", "the VM ended at the source"),)
+
+
+# ---- undoing ----
+
+
+def _roll_back(state: State, reason: str) -> Step:
+    return _end(replace(state, guest=Guest.RUNNING), "rolled-back", reason)
+
+
+def _end(state: State, what: str, reason: str) -> Step:
+    return replace(state, phase=Phase.ABORTED), (Resume(), SendAbort(reason), Tell(what, reason))
+
+
+def _give_up(state: State, reason: str) -> Step:
+    """End it if that is ours to decide, else try to get the guest back."""
+    if state.phase in EARLY and state.guest is Guest.RUNNING:
+        return _end(state, "aborted", reason)
+    if state.phase in EARLY | STOPPING:
+        state = replace(state, phase=Phase.ABORTING)
+        ask = () if state.peer else (Ask(),)
+        return state, (Shut(), *ask, Cancel(certain=True), Tell("failed", reason))
+    return state, ()
+
+
+def _abort_asked(state: State, event: AbortAsked) -> Step:
+    if state.phase is Phase.ABORTED:
+        return state, (Tell("aborted", event.reason),)
+    if state.phase in {Phase.FINAL, Phase.COMMITTED}:
+        return state, (Cancel(certain=False),)
+    return _give_up(state, event.reason)
+
+
+def _failed(state: State, event: Failed) -> Step:
+    if state.phase is Phase.REDIRECTING:
+        settling, actions = _redirected(state, Redirected())
+        return settling, (Tell("degraded", event.reason), *actions)
+    if state.phase is Phase.SETTLING:
+        return _unsettled(state, event.reason)
+    if state.phase is Phase.SUSPENDING or state.phase in EARLY | STOPPING:
+        return _give_up(state, event.reason)
+    return state, (Tell("failed", event.reason),)
+
+
+def _unsettled(state: State, reason: str) -> Step:
+    """The destination is open and has the connections; only what was counted here is lost."""
+    stub = replace(state, phase=Phase.STUB)
+    lost = f"accounting of the source is lost: {reason}"
+    return stub, (Purge(keep_redirect=True), Tell("degraded", lost), Tell("settled"))
+
+
+def _peer_failed(state: State, event: PeerFailed) -> Step:
+    state = replace(state, peer=False)
+    if state.phase is Phase.FINAL:
+        aborting = replace(state, phase=Phase.ABORTING, final=False)
+        return aborting, (Cancel(certain=True), Tell("failed", event.reason))
+    if state.phase is Phase.SETTLING:
+        return _unsettled(state, event.reason)
+    return _give_up(state, event.reason)
+
+
+def _peer_lost(state: State, event: PeerLost) -> Step:
+    state = replace(state, peer=False)
+    if state.phase is Phase.CONNECTING or state.phase in EARLY | STOPPING:
+        return _give_up(state, event.reason or "the stream to the destination broke")
+    if state.phase in UNSURE:
+        return state, (Ask(),)
+    return state, (Connect(),) if state.phase is Phase.SETTLING else ()
+
+
+def _peer_said(state: State, event: PeerSaid) -> Step:
+    if event.opened:
+        return _peer_opened(state, event)
+    if event.committed:
+        return _peer_committed(state, PeerCommitted())
+    if state.phase is Phase.FINAL:
+        aborting = replace(state, phase=Phase.ABORTING, final=False)
+        return aborting, (Cancel(certain=True), Tell("failed", "the destination did not commit"))
+    if state.phase is Phase.ABORTING and state.final:
+        return replace(state, final=False), (Cancel(certain=True),)
+    return state, ()
+
+
+def _cancel_failed(state: State, _: CancelFailed) -> Step:
+    """The guest is on its way after all: what can still follow it does."""
+    if state.phase is not Phase.ABORTING or not state.peer:
+        return state, ()
+    if not state.drained:
+        return replace(state, phase=Phase.DRAINING), (Drain(follow=True),)
+    if state.authorised:
+        return replace(state, phase=Phase.FINAL, final=True), (SendFinal(),)
+    return replace(state, phase=Phase.DRAINED), ()
+
+
+def _verdict(state: State, event: Verdict) -> Step:
+    if event.gone and state.guest is not Guest.RUNNING:
+        return replace(state, phase=Phase.RELEASED), (Purge(keep_redirect=False), Tell("aborted", "the VM is gone"))
+    if event.guest_at is Role.DESTINATION and event.opened:
+        return _peer_opened(state, event)
+    if event.guest_at is Role.SOURCE and state.phase not in LEFT | {Phase.ABORTED}:
+        return _roll_back(state, "the guest is at the source")
+    return state, ()
+
+
+def _timeout(state: State, event: Timeout) -> Step:
+    if event.phase is not state.phase:
+        return state, ()
+    reason = f"deadline of phase {state.phase} passed"
+    if state.phase in EARLY | STOPPING:
+        return _give_up(state, reason)
+    if state.phase in UNSURE:
+        return state, (Ask(), Tell("failed", f"{reason}: it is not known where the guest runs"))
+    if state.phase is Phase.SETTLING:
+        return _unsettled(state, reason)
+    return state, ()
+
+
+def _restarted(state: State, event: Restarted) -> Step:
+    state = replace(state, guest=event.guest, peer=False, drained=False)
+    if state.phase in EARLY | STOPPING | UNSURE:
+        if event.guest is Guest.RUNNING:
+            return _roll_back(state, "the agent was restarted and the guest runs at the source")
+        if state.phase in UNSURE:
+            return state, (Shut(), Ask())
+        return replace(state, phase=Phase.ABORTING), (Shut(), Ask(), Cancel(certain=not state.final))
+    if state.phase is Phase.REDIRECTING:
+        return state, (Redirect(),)
+    return state, (Connect(),) if state.phase is Phase.SETTLING else ()
+
+
+_HANDLERS: dict[type[Event], Callable[[State, Any], Step]] = {
+    Probed: _probed,
+    Ready: _ready,
+    Converged: _converged,
+    Authorised: _authorised,
+    GuestFits: _guest_fits,
+    Held: _held,
+    Drained: _drained,
+    PeerCommitted: _peer_committed,
+    PeerOpened: _peer_opened,
+    PeerSettled: _peer_settled,
+    PeerFailed: _peer_failed,
+    PeerLost: _peer_lost,
+    PeerSaid: _peer_said,
+    Redirected: _redirected,
+    GuestPaused: _guest_paused,
+    GuestResumed: _guest_resumed,
+    GuestGone: _guest_gone,
+    CancelFailed: _cancel_failed,
+    AbortAsked: _abort_asked,
+    EndRedirect: _end_redirect,
+    Failed: _failed,
+    Timeout: _timeout,
+    Restarted: _restarted,
+    Verdict: _verdict,
+}
+EVENTS = frozenset(_HANDLERS)
