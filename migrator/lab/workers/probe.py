@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Worker: numbered datagrams, one way or with answers; what was lost, doubled or overtaken.
+
+    echo {address, port}                                    answer every datagram
+    receive {address, port}                                 count what comes, by flow
+    send {flow, address, port, every_ms, protocol}          numbers to an address; protocol "udp" (default) or "icmp"
+    stop {flow}                                             no more; how many were sent
+    report                                                  of all flows received (or answered)
+    timeline {since}                                        times (CLOCK_MONOTONIC) of what was sent and of what came
+
+A number is answered when its answer is seen; the network between is all that can lose it: sockets are large.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+import time
+from dataclasses import dataclass, field
+
+from migrator.lab.lines import Message
+from migrator.lab.loop import Loop, Operation, Orders
+from migrator.lab.workers import serve
+from migrator.lab.workers.frames import checksum
+from migrator.lab.workers.tcp import family
+
+FORMAT = struct.Struct("!4sIQ")  # magic, flow, number
+MAGIC = b"mgNB"
+BUFFER = 32 << 20
+SO_RCVBUFFORCE = 33
+
+
+@dataclass
+class Arrivals:
+    """What came of one flow. `seen` has a byte for each number."""
+
+    seen: bytearray = field(default_factory=bytearray)
+    newest: int = -1
+    doubled: int = 0
+    overtaken: int = 0
+    times: list[float] = field(default_factory=list)
+
+    def note(self, number: int) -> None:
+        if number >= len(self.seen):
+            self.seen.extend(bytes(max(1024, number + 1 - len(self.seen))))
+        self.doubled += self.seen[number]
+        self.overtaken += number < self.newest and not self.seen[number]
+        self.seen[number] = 1
+        self.newest = max(self.newest, number)
+        self.times.append(time.monotonic())
+
+    def report(self) -> Message:
+        missing = [n for n in range(self.newest + 1) if not self.seen[n]]
+        return {
+            "received": self.newest + 1 - len(missing),
+            "newest": self.newest,
+            "missing": missing[:200],
+            "missing_count": len(missing),
+            "doubled": self.doubled,
+            "overtaken": self.overtaken,
+        }
+
+
+@dataclass
+class Sender:
+    socket: socket.socket
+    to: tuple[str, int]
+    every_s: float
+    protocol: str
+    sent: int = 0
+    failed: int = 0
+    next: float = 0.0
+    running: bool = True
+    times: list[float] = field(default_factory=list)
+
+
+class Probe:
+    def __init__(self, loop: Loop, _: list[Orders]) -> None:
+        self.loop = loop
+        self.flows: dict[int, Arrivals] = {}
+        self.senders: dict[int, Sender] = {}
+        self.sockets: list[socket.socket] = []
+
+    def operations(self) -> dict[str, Operation]:
+        return {
+            "echo": self.echo,
+            "receive": self.receive,
+            "send": self.send,
+            "stop": self.stop,
+            "report": lambda _: {"flows": {str(flow): a.report() for flow, a in self.flows.items()}},
+            "timeline": self.timeline,
+        }
+
+    def echo(self, order: Message) -> Message:
+        bound = self._bound(order)
+        self.loop.watch(bound.fileno(), lambda: self._echo(bound))
+        return {}
+
+    def receive(self, order: Message) -> Message:
+        bound = self._bound(order)
+        self.loop.watch(bound.fileno(), lambda: self._receive(bound, 0))
+        return {}
+
+    def send(self, order: Message) -> Message:
+        protocol = order.get("protocol", "udp")
+        sender = Sender(
+            self._socket(order["address"], protocol),
+            (order["address"], order.get("port", 0)),
+            order["every_ms"] / 1e3,
+            protocol,
+            next=time.monotonic(),
+        )
+        if "source_port" in order:
+            sender.socket.bind(("::" if ":" in order["address"] else "0.0.0.0", order["source_port"]))
+        self.senders[order["flow"]] = sender
+        skip = 0 if protocol == "udp" else 8 if ":" in order["address"] else 28  # ICMP and, for IPv4, IP header
+        self.loop.watch(sender.socket.fileno(), lambda: self._receive(sender.socket, skip))
+        self._tick(order["flow"], sender)
+        return {}
+
+    def stop(self, order: Message) -> Message:
+        sender = self.senders[order["flow"]]
+        sender.running = False
+        return {"sent": sender.sent, "failed": sender.failed}
+
+    def timeline(self, order: Message) -> Message:
+        since = order.get("since", 0.0)
+        return {
+            "sent": {str(f): [t for t in s.times if t >= since] for f, s in self.senders.items()},
+            "came": {str(f): [t for t in a.times if t >= since] for f, a in self.flows.items()},
+        }
+
+    def _tick(self, flow: int, sender: Sender) -> None:
+        """Numbers on a fixed schedule: a late tick sends what is due."""
+        now = time.monotonic()
+        while sender.running and sender.next <= now:
+            try:
+                sender.socket.sendto(self._datagram(flow, sender), sender.to)
+            except OSError:
+                sender.failed += 1
+            sender.times.append(now)
+            sender.sent += 1
+            sender.next += sender.every_s
+        if sender.running:
+            self.loop.at(sender.next, lambda: self._tick(flow, sender))
+
+    def _datagram(self, flow: int, sender: Sender) -> bytes:
+        body = FORMAT.pack(MAGIC, flow, sender.sent)
+        if sender.protocol == "udp":
+            return body
+        six = ":" in sender.to[0]
+        head = struct.pack("!BBHHH", 128 if six else 8, 0, 0, (os.getpid() + flow) & 0xFFFF, sender.sent & 0xFFFF)
+        return head[:2] + (b"\0\0" if six else struct.pack("!H", checksum(head + body))) + head[4:] + body
+
+    def _receive(self, bound: socket.socket, skip: int) -> None:
+        for _ in range(64):
+            try:
+                data = bound.recv(2048)
+            except OSError:  # nothing more, or an ICMP error that tells of an earlier one
+                return
+            if len(data) < skip + FORMAT.size or (skip and data[skip - 8] not in (0, 129)):
+                continue
+            magic, flow, number = FORMAT.unpack_from(data, skip)
+            if magic == MAGIC:
+                self.flows.setdefault(flow, Arrivals()).note(number)
+
+    def _echo(self, bound: socket.socket) -> None:
+        for _ in range(64):
+            try:
+                data, sender = bound.recvfrom(2048)
+                bound.sendto(data, sender)
+            except OSError:
+                return
+
+    def _bound(self, order: Message) -> socket.socket:
+        bound = self._socket(order["address"], "udp")
+        bound.bind((order["address"], order["port"]))
+        return bound
+
+    def _socket(self, address: str, protocol: str) -> socket.socket:
+        kind, number = (
+            (socket.SOCK_DGRAM, 0)
+            if protocol == "udp"
+            else (socket.SOCK_RAW, socket.IPPROTO_ICMPV6 if ":" in address else socket.IPPROTO_ICMP)
+        )
+        made = socket.socket(family(address), kind, number)
+        made.setblocking(False)
+        made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+        self.sockets.append(made)
+        return made
+
+
+if __name__ == "__main__":
+    sys.exit(serve(lambda loop, orders: Probe(loop, orders).operations(), niceness=-5))
