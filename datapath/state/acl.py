@@ -33,6 +33,7 @@ ACL = Kind(
         "hit_bytes": (int,),  # accounting
     },
     accounting=ACCOUNTING,
+    choices={"direction": frozenset({"from", "to"}), "action": frozenset({"allow", "drop", "reject"})},
 )
 
 

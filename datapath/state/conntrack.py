@@ -8,32 +8,6 @@ from __future__ import annotations
 
 from datapath.state.kind import Column, Kind, Nature
 
-CONNTRACK = Kind(
-    name="conntrack",
-    version=1,
-    nature=Nature.LIVE | Nature.ACCOUNTING,
-    key=("laddr", "raddr", "lport", "rport", "proto", "type", "from"),
-    columns={
-        "laddr": Column("V16"),  # the guest's address, network order, IPv4 v4-mapped
-        "raddr": Column("V16"),
-        "lport": Column("<u2"),  # ICMP echo: identifier; fragments: high half of the id
-        "rport": Column("<u2"),  # ICMP echo: 0; fragments: low half of the id
-        "proto": Column("u1"),  # IANA number
-        "type": Column("u1", 0),  # 0 connection, 1 fragment record
-        "from": Column("u1", 0),  # fragments: 1 from the guest
-        "state": Column("u1"),  # number in STATES
-        "flags": Column("u1", 0),  # REPLIED, ASSURED, INBOUND, LEARNED
-        "age_ns": Column("<u8", 0),  # since the last packet, at the table's port_time_ns
-        "id": Column("<u8"),
-        "judged": Column("<u4", 0),  # digest of the policy it was judged under, 0: judge again
-        "mark": Column("<u4", 0),
-        "packets_from": Column("<u8", 0, accounting=True),
-        "packets_to": Column("<u8", 0, accounting=True),
-        "bytes_from": Column("<u8", 0, accounting=True),  # of IP packets
-        "bytes_to": Column("<u8", 0, accounting=True),
-    },
-)
-
 STATES = {
     "NONE": 0,
     "SYN_SENT": 1,
@@ -48,6 +22,32 @@ STATES = {
     "NEW": 16,
     "REPLIED": 17,
 }
+
+CONNTRACK = Kind(
+    name="conntrack",
+    version=1,
+    nature=Nature.LIVE | Nature.ACCOUNTING,
+    key=("laddr", "raddr", "lport", "rport", "proto", "type", "from"),
+    columns={
+        "laddr": Column("V16"),  # the guest's address, network order, IPv4 v4-mapped
+        "raddr": Column("V16"),
+        "lport": Column("<u2"),  # ICMP echo: identifier; fragments: high half of the id
+        "rport": Column("<u2"),  # ICMP echo: 0; fragments: low half of the id
+        "proto": Column("u1"),  # IANA number
+        "type": Column("u1", 0, values=frozenset({0, 1})),  # 0 connection, 1 fragment record
+        "from": Column("u1", 0, values=frozenset({0, 1})),  # fragments: 1 from the guest
+        "state": Column("u1", values=frozenset(STATES.values())),  # number in STATES
+        "flags": Column("u1", 0),  # REPLIED, ASSURED, INBOUND, LEARNED
+        "age_ns": Column("<u8", 0),  # since the last packet, at the table's port_time_ns
+        "id": Column("<u8"),
+        "judged": Column("<u4", 0),  # digest of the policy it was judged under, 0: judge again
+        "mark": Column("<u4", 0),
+        "packets_from": Column("<u8", 0, accounting=True),
+        "packets_to": Column("<u8", 0, accounting=True),
+        "bytes_from": Column("<u8", 0, accounting=True),  # of IP packets
+        "bytes_to": Column("<u8", 0, accounting=True),
+    },
+)
 
 REPLIED = 1 << 0
 ASSURED = 1 << 1

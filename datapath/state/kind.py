@@ -42,12 +42,13 @@ class Op(enum.StrEnum):
 class Column:
     """One column: NumPy dtype (explicit byte order) and the value that readers take when a snapshot lacks it.
 
-    `default` None: the column is required.
+    `default` None: the column is required. `values`: what it may hold, empty for anything.
     """
 
     dtype: str
     default: int | bytes | None = None
     accounting: bool = False
+    values: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Kind:
     `key` names the fields that identify a record. `required`: a destination that does not know the kind must refuse.
     Exactly one of `columns` and `fields` is given. `fields` maps a record's field to its Python types; `defaults` has
     the values that readers take for fields which a snapshot lacks, `accounting` the fields that may be missing
-    because they are only counted (they are never filled in).
+    because they are only counted (they are never filled in). `choices` has what a field may hold, where that is a list.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Kind:
     fields: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     accounting: tuple[str, ...] = ()
+    choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

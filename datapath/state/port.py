@@ -25,4 +25,16 @@ PORT = Kind(
         "counters": (dict,),  # accounting: name -> count, as in PortStatus.counters; comes with settle only
     },
     accounting=("counters",),
+    defaults={
+        "addresses": [],
+        "antispoof": True,
+        "learning": False,
+        "trunk": {},
+        "mtu": 1500,
+        "connections_max": 65_536,
+        "learned_max": 16,
+        "timeouts_ms": {},
+        "policy": "",
+        "revision": 0,
+    },
 )

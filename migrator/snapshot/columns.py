@@ -92,7 +92,10 @@ def _view(name: str, column: Column, dtype: str, data: bytes, count: int) -> NDA
         raise Incompatible(f"dtype {dtype!r} where {column.dtype!r} belongs", field=name)
     if len(data) != count * expected.itemsize:
         raise Corrupt(f"{len(data)} bytes for {count} records of {expected.itemsize}", field=name)
-    return np.frombuffer(data, dtype=expected)
+    array = np.frombuffer(data, dtype=expected)
+    if column.values and not np.isin(array, list(column.values)).all():
+        raise Corrupt("holds a value that it cannot have", field=name)
+    return array
 
 
 def _fill(kind: Kind, op: Op, columns: Columns, count: int) -> None:

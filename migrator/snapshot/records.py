@@ -74,6 +74,8 @@ def _checked(kind: Kind, op: Op, record: Mapping[str, Any], error: type[Snapshot
         if type(value) not in allowed:
             raise error(f"{type(value).__name__} where {_names(allowed)} belongs", field=name)
         _check_value(name, value, error)
+        if name in kind.choices and value not in kind.choices[name]:
+            raise error(f"{value[:32]!r} is none of {', '.join(sorted(kind.choices[name]))}", field=name)
     return dict(record)
 
 

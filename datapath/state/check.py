@@ -1,0 +1,64 @@
+"""Check a table against its kind before anything of it is applied; drivers call this first in `load`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from datapath.errors import LoadRejected
+from datapath.state.kind import Columns, Kind, Op, Record, Table
+
+_HINT = "the snapshot or its sender is broken; nothing of the table was applied"
+
+
+def checked_columns(kind: Kind, table: Table) -> Columns:
+    """The table's columns, without those that the kind does not know and with defaults for missing optional ones.
+
+    A delete has key columns only. An account has key columns and what else came. Raises LoadRejected naming the column.
+    """
+    given = table.columns
+    if given is None:
+        raise _rejected(kind, "columns belong in the table")
+    shapes = {array.shape for array in given.values()}
+    if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+        raise _rejected(kind, f"columns have different shapes: {sorted(shapes)}")
+    count = next(iter(shapes), (0,))[0]
+    columns: Columns = {}
+    for name, column in kind.columns.items():
+        if name in given and (table.op is not Op.DELETE or name in kind.key):
+            if given[name].dtype != np.dtype(column.dtype):
+                raise _rejected(kind, f"column {name} is {given[name].dtype.str}, not {column.dtype}")
+            if column.values and not np.isin(given[name], list(column.values)).all():
+                raise _rejected(kind, f"column {name} holds a value that it cannot have")
+            columns[name] = given[name]
+        elif name in kind.key or table.op is Op.LOAD:
+            if column.default is None:
+                raise _rejected(kind, f"column {name} is missing")
+            columns[name] = np.full(count, column.default, dtype=column.dtype)
+    return columns
+
+
+def checked_records(kind: Kind, table: Table) -> list[Record]:
+    """The table's records, without fields that the kind does not know and with defaults for missing optional ones.
+
+    Raises LoadRejected naming the record and the field.
+    """
+    if table.records is None:
+        raise _rejected(kind, "records belong in the table")
+    return [_checked_record(kind, table.op, record, f"record {i}") for i, record in enumerate(table.records)]
+
+
+def _checked_record(kind: Kind, op: Op, record: Record, where: str) -> Record:
+    full = {**(kind.defaults if op is Op.LOAD else {}), **{n: v for n, v in record.items() if n in kind.fields}}
+    needed = set(kind.key) if op is not Op.LOAD else set(kind.fields) - set(kind.accounting)
+    for name in sorted(needed - set(full)):
+        raise _rejected(kind, f"{where} lacks {name}")
+    for name, value in full.items():
+        if type(value) not in kind.fields[name]:
+            raise _rejected(kind, f"{where}: {name} is {type(value).__name__}")
+        if name in kind.choices and value not in kind.choices[name]:
+            raise _rejected(kind, f"{where}: {name} is none of {', '.join(sorted(kind.choices[name]))}")
+    return full
+
+
+def _rejected(kind: Kind, what: str) -> LoadRejected:
+    return LoadRejected(f"{kind.name}: {what}", hint=_HINT)
