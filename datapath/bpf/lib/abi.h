@@ -7,18 +7,19 @@
 
 #include "types.h"
 
-enum abi_constant { /* user space drops the prefix */
-		    ABI_SLOTS_DEFAULT = SLOTS_DEFAULT,
-		    ABI_NETWORKS_DEFAULT = NETWORKS_DEFAULT,
-		    ABI_HOSTS_DEFAULT = HOSTS_DEFAULT,
-		    ABI_FLOOD_MEMBERS = FLOOD_MEMBERS,
-		    ABI_MARK_REDIRECT = MARK_REDIRECT,
-		    ABI_MARK_JUDGED = MARK_JUDGED,
-		    ABI_MARK_PROBE = MARK_PROBE,
-		    ABI_MARK_HOPS = MARK_HOPS,
-		    ABI_HOPS_MAX = HOPS_MAX,
-		    ABI_SKB_MARK_JUDGED = SKB_MARK_JUDGED,
-		    ABI_EVENT_BYTES = EVENT_BYTES,
+/* user space drops the prefix */
+enum abi_constant {
+	ABI_SLOTS_DEFAULT = SLOTS_DEFAULT,
+	ABI_NETWORKS_DEFAULT = NETWORKS_DEFAULT,
+	ABI_HOSTS_DEFAULT = HOSTS_DEFAULT,
+	ABI_FLOOD_MEMBERS = FLOOD_MEMBERS,
+	ABI_MARK_REDIRECT = MARK_REDIRECT,
+	ABI_MARK_JUDGED = MARK_JUDGED,
+	ABI_MARK_PROBE = MARK_PROBE,
+	ABI_MARK_HOPS = MARK_HOPS,
+	ABI_HOPS_MAX = HOPS_MAX,
+	ABI_SKB_MARK_JUDGED = SKB_MARK_JUDGED,
+	ABI_EVENT_BYTES = EVENT_BYTES,
 };
 
 union abi {
@@ -60,4 +61,8 @@ union abi {
 	struct counters counters;
 	struct event event;
 	struct settings settings;
+	struct exchange exchange;
+	struct ct_batch ct_batch;
+	struct ct_sweep ct_sweep;
+	struct port_swap port_swap;
 } _abi __attribute__((unused));

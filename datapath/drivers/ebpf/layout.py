@@ -171,7 +171,7 @@ C = Constants()
 
 def check(btf: Btf, declared: Mapping[str, np.dtype[Any]] = STRUCTURES, *, where: str = "the BPF object") -> None:
     """Compare declared layouts with BTF. Raises FeatureMissing that names each structure and field that differs."""
-    found = [line for name, layout in declared.items() for line in _differences(name, layout, btf.structures.get(name))]
+    found = [line for name, layout in declared.items() for line in differences(name, layout, btf.structures.get(name))]
     if found:
         shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
         raise FeatureMissing(
@@ -180,7 +180,8 @@ def check(btf: Btf, declared: Mapping[str, np.dtype[Any]] = STRUCTURES, *, where
         )
 
 
-def _differences(name: str, ours: np.dtype[Any], theirs: np.dtype[Any] | None) -> list[str]:
+def differences(name: str, ours: np.dtype[Any], theirs: np.dtype[Any] | None) -> list[str]:
+    """What differs between two layouts of one structure, a phrase each; [] when they are the same."""
     if theirs is None:
         return [f"struct {name} is not there"]
     found = []

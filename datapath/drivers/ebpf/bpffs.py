@@ -1,0 +1,106 @@
+"""The bpffs that holds the switch's pins: found, mounted, cleared.
+
+    <bpffs>/migrator-<instance>/maps/NAME         every map of maps.h
+                               /programs/NAME     the newest programs
+                               /links/NAME        tcx links (attach.py)
+
+`ip netns exec` hides /sys, and a service manager may hide mounts: enter a namespace by setns, and give another path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from datapath.errors import DatapathError, KernelError
+
+SYSTEM = Path("/sys/fs/bpf")
+PRIVATE = Path("/run/migrator/bpf")
+
+_MAGIC = 0xCAFE4A11  # BPF_FS_MAGIC, linux/magic.h
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Pins:
+    """Directories of one switch."""
+
+    root: Path
+
+    @property
+    def maps(self) -> Path:
+        return self.root / "maps"
+
+    @property
+    def programs(self) -> Path:
+        return self.root / "programs"
+
+    @property
+    def links(self) -> Path:
+        return self.root / "links"
+
+    def make(self) -> None:
+        for directory in (self.maps, self.programs, self.links):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """Everything pinned, relative to the root and sorted."""
+        return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*") if not path.is_dir())
+
+    def clear(self) -> None:
+        """Unpin all: links go first, so that no program runs on maps that are half gone."""
+        for directory in (self.links, self.programs, self.maps):
+            with contextlib.suppress(FileNotFoundError):
+                for path in directory.iterdir():
+                    path.unlink(missing_ok=True)
+                directory.rmdir()
+        with contextlib.suppress(FileNotFoundError):
+            self.root.rmdir()
+
+
+def pins(instance: str, path: Path | None = None) -> Pins:
+    """Directories of an instance, made. `path` is where the bpffs is or shall be; None: the system's, or our own.
+
+    Raises KernelError when a bpffs cannot be mounted.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", instance):
+        raise DatapathError(f"instance name {instance!r}", hint="up to 32 letters, digits, '-' and '_'")
+    where = path or (SYSTEM if is_bpffs(SYSTEM) else PRIVATE)
+    mount(where)
+    found = Pins(where / f"migrator-{instance}")
+    found.make()
+    return found
+
+
+def mount(path: Path) -> None:
+    """Mount a bpffs there unless there is one."""
+    path.mkdir(parents=True, exist_ok=True)
+    if is_bpffs(path):
+        return
+    if _libc.mount(b"bpf", os.fsencode(path), b"bpf", 0, b"mode=0700"):
+        raise KernelError(
+            f"mount a bpffs on {path}", ctypes.get_errno(), hint="needs CAP_SYS_ADMIN, or mount it before"
+        )
+
+
+def unmount(path: Path) -> None:
+    """Take away a bpffs that `mount` made. One that others use, or the system's, stays."""
+    if path == SYSTEM or not is_bpffs(path):
+        return
+    others = [name for name in os.listdir(path) if "." not in name]  # noqa: PTH208 (iterdir keeps the directory open)
+    if others:  # names with a dot are the kernel's own: maps.debug, progs.debug
+        return
+    if _libc.umount2(os.fsencode(path), 0) and ctypes.get_errno() != errno.EBUSY:
+        raise KernelError(f"unmount {path}", ctypes.get_errno())
+
+
+def is_bpffs(path: Path) -> bool:
+    result = (ctypes.c_long * 32)()  # struct statfs begins with f_type
+    if _libc.statfs(os.fsencode(path), ctypes.byref(result)):
+        return False
+    return int(result[0]) & 0xFFFFFFFF == _MAGIC
