@@ -247,6 +247,16 @@ struct {
 	PINNED;
 } events SEC(".maps");
 
+/* Keys in, entries out for ct_read; records in for ct_settle. One user at a time: the agent locks. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, EXCHANGE_LENGTH);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct exchange);
+	PINNED;
+} exchange SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);

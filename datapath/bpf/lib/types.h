@@ -241,8 +241,8 @@ enum ct_type { /* what an entry of the connection table, or a key of the dirty s
 struct ct_key {          /* from the VM's side, so that one look-up serves both directions */
 	__be32 laddr[4]; /* the guest's own address, v4-mapped for IPv4 */
 	__be32 raddr[4];
-	__be16 lport; /* ICMP echo: identifier */
-	__be16 rport; /* ICMP echo: 0 */
+	__be16 lport; /* ICMP query: identifier */
+	__be16 rport; /* ICMP query: 0 the guest's echo, 0x8000 a remote's; low byte: request type if it is no echo */
 	__u8 proto;
 	__u8 type;
 	__u8 from; /* fragments: 1 from the guest */
@@ -392,4 +392,46 @@ struct settings {     /* one element */
 	__u32 tunnel; /* ifindex of the vxlan device, 0 none */
 	__u32 mtu;    /* of the underlay */
 	__u64 boot;   /* random, changes when the maps are made anew */
+};
+
+/* ---- control programs: contexts of BPF_PROG_RUN, control.bpf.c ------------------------------------------------ */
+
+#define EXCHANGE_LENGTH 4096
+
+struct exchange { /* element of `exchange`: many entries by their keys in one call */
+	struct ct_key key;
+	__u32 found;
+	__u32 pad;
+	struct ct_entry entry;
+};
+
+struct ct_batch { /* ct_read, ct_settle: the first `count` elements of `exchange` */
+	__u32 slot;
+	__u32 count;
+	__u32 found; /* out */
+	__u32 pad;
+};
+
+#define CT_STATES 18 /* enum ct_state */
+
+struct ct_sweep { /* ct_expire, ct_early_drop, ct_flush */
+	__u32 slot;
+	__u32 limit;	     /* ct_early_drop: connections to give up at most */
+	__u64 now;	     /* ct_expire: port time, 0 the current one */
+	struct ct_key match; /* ct_flush: what is not zero must be equal; type is always compared */
+	__u64 visited;	     /* out, all that follow */
+	__u64 live;
+	__u64 marked;  /* expired now, deleted by a later sweep */
+	__u64 revived; /* were marked, and a packet came */
+	__u64 deleted;
+	__u64 fragments;	/* live fragment records */
+	__u64 states[CT_STATES]; /* live connections by enum ct_state */
+};
+
+struct port_swap { /* port_cas */
+	__u32 slot;
+	__u32 swapped; /* out: 1 when the word was `expected` and is `desired` now */
+	__u64 expected;
+	__u64 desired;
+	__u64 found; /* out: the word as it was before */
 };
