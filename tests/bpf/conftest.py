@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Fixtures of the BPF_PROG_RUN tests: the object is compiled once a session and loaded anew for each test."""
+"""Fixtures of the BPF tests: the object is compiled and loaded once a session, its maps are emptied after each test."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from .harness import Switch, compile_object
+from .lab import Lab
 from .model import BPF_SOURCES
 
 
@@ -26,7 +27,19 @@ def switch_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_object(BPF_SOURCES / "switch.bpf.c", tmp_path_factory.mktemp("bpf") / "switch.bpf.o")
 
 
-@pytest.fixture
-def switch(switch_object: Path) -> Iterator[Switch]:
+@pytest.fixture(scope="session")
+def loaded_switch(switch_object: Path) -> Iterator[Switch]:
     with Switch(switch_object) as loaded:
         yield loaded
+
+
+@pytest.fixture
+def switch(loaded_switch: Switch) -> Iterator[Switch]:
+    yield loaded_switch
+    loaded_switch.reset()
+
+
+@pytest.fixture
+def lab(switch: Switch) -> Iterator[Lab]:
+    with Lab(switch) as made:
+        yield made

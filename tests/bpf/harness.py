@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from .model import BPF_SOURCES, CLANG, MODEL
-from .sysbpf import Map, Run, prog_run
+from .sysbpf import ARRAY, HASH, LPM_TRIE, PERCPU_ARRAY, PERCPU_HASH, Map, Run, prog_run
 
 _SK_BUFF_SIZE = 192
 
@@ -72,11 +72,15 @@ def private_bpffs() -> Iterator[Path]:
 
 
 class Switch:
-    """The loaded object. `maps` and `programs` by name; everything is gone at the end of the `with`."""
+    """The loaded object. `maps` and `programs` by name; everything is gone at the end of the `with`.
+
+    Loading takes a second, most of it in the verifier: tests share one and call `reset` after each.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self._stack = contextlib.ExitStack()
         self._path = path
+        self._linked: list[tuple[str, int, Map]] = []
         self.maps: dict[str, Map] = {}
         self.programs: dict[str, int] = {}
 
@@ -89,7 +93,8 @@ class Switch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        with self._stack:
+            self.reset()
 
     def _load(self) -> None:
         path = self._path
@@ -141,11 +146,23 @@ class Switch:
         target.update(raw_key, raw)
 
     def inner(self, outer: str, key: int, template: str, max_entries: int = 0) -> Map:
-        """A new map like `template`, linked into `outer` at `key`; its descriptor closes with the switch."""
+        """A new map like `template`, linked into `outer` at `key` until `reset`."""
         made = self.maps[template].like(f"{outer}[{key}]", max_entries)
-        self._stack.callback(os.close, made.fd)
+        self._linked.append((outer, key, made))
         self.put(outer, key, struct.pack("=I", made.fd))
         return made
+
+    def reset(self) -> None:
+        """Empty all maps: the switch is as just loaded, but for what waits in the ring."""
+        for outer, key, made in self._linked:
+            with contextlib.suppress(FileNotFoundError):
+                self.maps[outer].delete(struct.pack("=I", key))
+            os.close(made.fd)
+        self._linked.clear()
+        for target in self.maps.values():
+            constant = "." in target.name  # sections of the object, as .rodata
+            if target.kind in (HASH, PERCPU_HASH, LPM_TRIE, ARRAY, PERCPU_ARRAY) and not constant:
+                target.clear()
 
 
 def sk_buff(ifindex: int, *, mark: int = 0, gso_size: int = 0, gso_segs: int = 0) -> bytes:

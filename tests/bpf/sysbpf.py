@@ -11,7 +11,8 @@ from pathlib import Path
 
 _SYS_BPF = 321
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 0, 1, 2, 3, 4
-_OBJ_PIN, _PROG_TEST_RUN, _OBJ_INFO, _LINK_CREATE = 6, 10, 15, 28
+_PROG_TEST_RUN, _OBJ_INFO, _MAP_UPDATE_BATCH, _LINK_CREATE = 10, 15, 26, 28
+HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY, LPM_TRIE, ARRAY_OF_MAPS, HASH_OF_MAPS = 1, 2, 5, 6, 11, 12, 13
 TCX_INGRESS, TCX_EGRESS = 46, 47
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -58,14 +59,17 @@ class Map:
         bpf(command, struct.pack("=IIQQQ", self.fd, 0, ctypes.addressof(key_buffer), address, flags))
 
     def lookup(self, key: bytes) -> bytes | None:
-        cpus = _possible_cpus() if self.kind in (5, 6, 10) else 1  # the per-CPU kinds
-        size = self.value_size if cpus == 1 else (self.value_size + 7) // 8 * 8 * cpus
-        value = ctypes.create_string_buffer(size)
+        value = ctypes.create_string_buffer(self._stored_size())
         try:
             self._element(_MAP_LOOKUP, key, value)
         except FileNotFoundError:
             return None
         return value.raw
+
+    def _stored_size(self) -> int:
+        if self.kind not in (PERCPU_HASH, PERCPU_ARRAY):
+            return self.value_size
+        return (self.value_size + 7) // 8 * 8 * _possible_cpus()
 
     def update(self, key: bytes, value: bytes, flags: int = 0) -> None:
         self._element(_MAP_UPDATE, key, _buffer(value), flags)
@@ -90,8 +94,15 @@ class Map:
         return [(key, value) for key in self.keys() if (value := self.lookup(key)) is not None]
 
     def clear(self) -> None:
-        for key in self.keys():
-            self.delete(key)
+        """Delete every entry of a hash, zero every element of an array."""
+        if self.kind not in (ARRAY, PERCPU_ARRAY):
+            for key in self.keys():
+                self.delete(key)
+            return
+        keys = _buffer(struct.pack(f"={self.max_entries}I", *range(self.max_entries)))
+        zeroes = ctypes.create_string_buffer(self._stored_size() * self.max_entries)
+        addresses = (ctypes.addressof(keys), ctypes.addressof(zeroes))
+        bpf(_MAP_UPDATE_BATCH, struct.pack("=QQQQIIQQ", 0, 0, *addresses, self.max_entries, self.fd, 0, 0))
 
     def like(self, name: str, max_entries: int = 0) -> Map:
         """A new map with this one's attributes, to be put into a map of maps. The caller closes its descriptor."""
