@@ -21,10 +21,10 @@ static __always_inline int ct_is_live(__u64 word)
 	return !(CT_FLAGS(word) & CT_ABSENT);
 }
 
-/* Port time. The coarse clock may lie a tick before a base that was taken from the exact one. */
-static __always_inline __u64 ct_time(const struct port *port)
+/* Port time at `ktime`. The coarse clock may lie a tick before a base that was taken from the exact one. */
+static __always_inline __u64 ct_time(const struct port *port, __u64 ktime)
 {
-	__s64 time = bpf_ktime_get_coarse_ns() - port->time_base;
+	__s64 time = ktime - port->time_base;
 
 	return time > 0 ? time : 0;
 }

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What the agent does with connection tables inside the kernel: SEC("syscall") programs, called by BPF_PROG_RUN with a
+ * context of types.h that is read and written in place. Each returns 0 or a negative errno:
+ *   -EINVAL  the slot or the count is out of range
+ *   -ENOENT  the port has no connection table
+ *   -EBUSY   the port is not ACTIVE, so its table does not change
+ */
+#include <linux/bpf.h>
+#include <linux/errno.h>
+
+#include "lib/sweep.h"
+
+#define READ_TRIES 16
+
+struct batch { /* of callbacks; must lie on the stack */
+	void *table;
+	__u32 found;
+};
+
+static __always_inline struct exchange *exchange_at(__u32 index)
+{
+	return bpf_map_lookup_elem(&exchange, &index);
+}
+
+/* An entry that is deleted and its memory reused while it is copied shows another generation than its id. */
+static long read_one(__u32 index, struct batch *batch)
+{
+	struct exchange *element = exchange_at(index);
+	struct ct_entry *entry;
+
+	if (!element)
+		return 1;
+	element->found = 0;
+	for (int i = 0; i < READ_TRIES; i++) {
+		entry = bpf_map_lookup_elem(batch->table, &element->key);
+		if (!entry)
+			return 0;
+		element->entry = *entry;
+		element->entry.word = READ_ONCE(entry->word);
+		if (element->entry.word >> 32 == (__u32)element->entry.id) {
+			element->found = 1;
+			batch->found++;
+			return 0;
+		}
+	}
+	return 0;
+}
+
+/* struct ct_batch. Looks up the keys of the first `count` elements of `exchange`: `found` and `entry` of each are set,
+ * and the context's `found` to their number. Works in every state of the port. */
+SEC("syscall")
+int ct_read(struct ct_batch *context)
+{
+	struct batch batch = {};
+	__u32 slot = context->slot;
+
+	batch.table = bpf_map_lookup_elem(&conntracks, &slot);
+	if (context->count > EXCHANGE_LENGTH)
+		return -EINVAL;
+	if (!batch.table)
+		return -ENOENT;
+	bpf_loop(context->count, read_one, &batch, 0);
+	context->found = batch.found;
+	return 0;
+}
+
+static long settle_one(__u32 index, struct batch *batch)
+{
+	struct exchange *element = exchange_at(index);
+	struct ct_entry *entry;
+	__u64 seen, old;
+
+	if (!element)
+		return 1;
+	entry = bpf_map_lookup_elem(batch->table, &element->key);
+	element->found = entry && READ_ONCE(entry->id) == element->entry.id;
+	if (!entry || !element->found)
+		return 0;
+	for (int i = 0; i < 2; i++) {
+		WRITE_ONCE(entry->carried_packets[i], element->entry.carried_packets[i]);
+		WRITE_ONCE(entry->carried_bytes[i], element->entry.carried_bytes[i]);
+	}
+	seen = element->entry.seen;
+	for (int i = 0; i < 8; i++) { /* programs only raise it: one who loses eight times has lost to later packets */
+		old = READ_ONCE(entry->seen);
+		if (old >= seen || cas(&entry->seen, old, seen))
+			break;
+	}
+	batch->found++;
+	return 0;
+}
+
+/*
+ * struct ct_batch. Assigns the source's accounting: for each of the first `count` elements of `exchange`, carried_* of
+ * `entry` and, if later, its `seen` (in this port's time) go to the entry of `key` with the same `id`. Where there is none
+ * (the connection has ended), `found` is 0 and the caller keeps the amount in the port's total. Assigning twice does no
+ * harm. The port is ACTIVE and UNSETTLED: expiry deletes nothing meanwhile.
+ */
+SEC("syscall")
+int ct_settle(struct ct_batch *context)
+{
+	struct batch batch = {};
+	__u32 slot = context->slot;
+
+	batch.table = bpf_map_lookup_elem(&conntracks, &slot);
+	if (context->count > EXCHANGE_LENGTH)
+		return -EINVAL;
+	if (!batch.table)
+		return -ENOENT;
+	if (!sweep_port(slot))
+		return -EBUSY;
+	bpf_loop(context->count, settle_one, &batch, 0);
+	context->found = batch.found;
+	return 0;
+}
+
+/*
+ * struct ct_sweep. Expiry in two passes. A live entry whose last packet (or the port's floor, if later) is older than
+ * its timeout becomes DYING: absent to packets, which may revive it. What an earlier sweep marked is deleted, unless a
+ * packet came since (revived), or the port is UNSETTLED (then it stays, marked, as a tombstone).
+ */
+SEC("syscall")
+int ct_expire(struct ct_sweep *context)
+{
+	return sweep_run(context, SWEEP_EXPIRE);
+}
+
+/* struct ct_sweep. Gives up at most `limit` connections that are unanswered, closing or marked, before the table is full. */
+SEC("syscall")
+int ct_early_drop(struct ct_sweep *context)
+{
+	return sweep_run(context, SWEEP_EARLY_DROP);
+}
+
+/* struct ct_sweep. Deletes what `match` describes: all zero is every connection. */
+SEC("syscall")
+int ct_flush(struct ct_sweep *context)
+{
+	return sweep_run(context, SWEEP_FLUSH);
+}
+
+/* struct port_swap. One cmpxchg on a port's word, so that a change by the agent loses neither OVERFLOW nor the opening
+ * by the guest's first frame, which programs set. -EINVAL: no such slot. */
+SEC("syscall")
+int port_cas(struct port_swap *context)
+{
+	__u32 slot = context->slot;
+	struct port *port = bpf_map_lookup_elem(&ports, &slot);
+
+	if (!port)
+		return -EINVAL;
+	context->found = __sync_val_compare_and_swap(&port->word, context->expected, context->desired);
+	context->swapped = context->found == context->expected;
+	return 0;
+}
