@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 
 from datapath.errors import LoadRejected
@@ -48,7 +50,9 @@ def checked_records(kind: Kind, table: Table) -> list[Record]:
 
 
 def _checked_record(kind: Kind, op: Op, record: Record, where: str) -> Record:
-    full = {**(kind.defaults if op is Op.LOAD else {}), **{n: v for n, v in record.items() if n in kind.fields}}
+    full = {name: value for name, value in record.items() if name in kind.fields}
+    if op is Op.LOAD:
+        full.update({name: deepcopy(value) for name, value in kind.defaults.items() if name not in full})
     needed = set(kind.key) if op is not Op.LOAD else set(kind.fields) - set(kind.accounting)
     for name in sorted(needed - set(full)):
         raise _rejected(kind, f"{where} lacks {name}")

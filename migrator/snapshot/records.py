@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import msgpack
@@ -56,8 +57,7 @@ def _decoded(kind: Kind, op: Op, record: object) -> Record:
         raise Corrupt(f"a record of kind {kind.name} has to be a map")
     known = {name: value for name, value in record.items() if name in kind.fields}
     if op is Op.LOAD:
-        for name, default in kind.defaults.items():
-            known.setdefault(name, default)
+        known.update({name: deepcopy(value) for name, value in kind.defaults.items() if name not in known})
     return _checked(kind, op, known, Corrupt)
 
 
