@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from migrator.lab import netns
+from migrator.lab.errors import LabError
 from migrator.lab.processes import Worker, wait_until
 from migrator.lab.topology import Lab
 
@@ -108,6 +110,13 @@ def add_vm(
     lab.adopt(machine.vnic)
     _configure(lab, name, ports)
     return machine
+
+
+def unplug(lab: Lab, machine: Machine) -> None:
+    """Take a peer's wires off its host."""
+    for port in machine.ports:
+        with contextlib.suppress(LabError):  # gone with its namespace
+            netns.ip("link", "del", port.device, namespace=lab.name(machine.host))
 
 
 def _configure(lab: Lab, name: str, ports: Sequence[Port]) -> None:

@@ -10,7 +10,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +140,19 @@ class Worker:
         return ""
 
 
-def wait_until(what: str, condition: Any, timeout_s: float = 10.0, interval_s: float = 0.02) -> Any:
-    """Poll until `condition()` is true and return it; LabError after the deadline."""
+def wait_until(
+    what: str,
+    condition: Callable[[], Any],
+    timeout_s: float = 10.0,
+    interval_s: float = 0.02,
+    explain: Callable[[], Any] | None = None,
+) -> Any:
+    """Poll until `condition()` is true and return it; after the deadline LabError, with what `explain()` says."""
     deadline = time.monotonic() + timeout_s
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
-            raise LabError(f"{what}: not within {timeout_s} s")
+            raise LabError(f"{what}: not within {timeout_s} s" + (f": {explain()}" if explain else ""))
         time.sleep(interval_s)

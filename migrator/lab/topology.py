@@ -13,7 +13,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -121,6 +121,17 @@ class Lab:
         self.workers.append(worker)
         self.stack.callback(worker.close)
         worker.answer("start")
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """What is made inside goes at the end of it, before the lab does."""
+        outer = self.stack
+        with contextlib.ExitStack() as self.stack:
+            try:
+                yield
+            finally:
+                inner, self.stack = self.stack, outer
+                inner.close()
 
     def cut(self, host: str, *, off: bool = True) -> None:
         """Pull a host's uplink out of the fabric, or plug it in again."""

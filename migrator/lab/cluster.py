@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Real daemons on a lab's hosts: an agent each, one coordinator, and what a test asks of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf import json_format
+
+from migrator._pb import migrator_pb2 as pb
+from migrator._pb import migrator_pb2_grpc as rpc
+from migrator.lab import netns
+from migrator.lab.errors import LabError
+from migrator.lab.machines import Machine
+from migrator.lab.processes import Daemon, wait_until
+from migrator.lab.topology import UPLINK, Lab
+
+COORDINATOR_PORT = 7400
+PEER_PORT = 7401
+
+
+class Cluster(Lab):
+    """A lab whose hosts run agents. `networks` are declared at start.
+
+    The coordinator listens on the fabric for agents and on a unix socket for whoever is outside the lab's namespaces.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[str] = ("h1", "h2", "h3"),
+        networks: Sequence[Mapping[str, Any]] = (),
+        driver_options: Mapping[str, Any] | None = None,
+        agent_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(hosts)
+        self.networks = networks
+        self.driver_options = dict(driver_options or {})
+        self.agent_options = dict(agent_options or {})
+        self.agents: dict[str, Daemon] = {}
+        self.coordinator: Daemon
+        self.channels: dict[str, grpc.Channel] = {}
+
+    def _build(self) -> None:
+        super()._build()
+        self.coordinator = self._daemon(
+            "coordinator",
+            "control",
+            [
+                "coordinator",
+                "--config",
+                str(self._write("control", "coordinator.toml", self._coordinator_config())),
+            ],
+        )
+        for host in self.host_names:
+            self._mount_bpffs(host)
+            self.agents[host] = self._daemon(
+                f"agent-{host}",
+                host,
+                [
+                    "agent",
+                    "--config",
+                    str(self._write(host, "agent.toml", self._agent_config(host))),
+                ],
+            )
+        self.coordinator.start()
+        for agent in self.agents.values():
+            agent.start()
+        wait_until("all agents are attached", self._attached, 40.0, 0.1)
+        self.apply(networks=self.networks)
+
+    # ---- files and processes ----
+
+    def _coordinator_config(self) -> dict[str, Any]:
+        return {
+            "coordinator": {
+                "listen": [f"{self.underlay('control')}:{COORDINATOR_PORT}", f"unix:{self._coordinator_socket()}"],
+                "state_dir": str(self.directory / "control"),
+            }
+        }
+
+    def _agent_config(self, host: str) -> dict[str, Any]:
+        base = self.directory / host
+        return {
+            "agent": {
+                "host": host,
+                "coordinator": f"{self.underlay('control')}:{COORDINATOR_PORT}",
+                "listen": f"{self.underlay(host)}:{PEER_PORT}",
+                "advertise": f"{self.underlay(host)}:{PEER_PORT}",
+                "socket": str(base / "agent.sock"),
+                "state_dir": str(base / "state"),
+                **self.agent_options,
+            },
+            "driver": {
+                "name": "ebpf",
+                "instance": host,
+                "bpffs": str(base / "bpf"),
+                "state_dir": str(base / "switch"),
+                "underlay": self.underlay(host),
+                "uplinks": [UPLINK],
+                "slots": 64,
+                **self.driver_options,
+            },
+            "guests": {"driver": "process", "directory": str(base / "guests")},
+        }
+
+    def _coordinator_socket(self) -> Path:
+        return self.directory / "control" / "c.sock"
+
+    def _write(self, place: str, name: str, content: Mapping[str, Mapping[str, Any]]) -> Path:
+        file = self.directory / place / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(_toml(content)) + "\n")
+        return file
+
+    def _daemon(self, name: str, namespace: str, arguments: Sequence[str]) -> Daemon:
+        daemon = Daemon(
+            name,
+            self.name(namespace),
+            [sys.executable, "-m", "migrator.cli.main", *arguments],
+            self.directory / f"{name}.log",
+        )
+        self.stack.callback(daemon.stop)
+        return daemon
+
+    def _mount_bpffs(self, host: str) -> None:
+        """Each host has its own: pins of one are not seen by another."""
+        place = self.directory / host / "bpf"
+        place.mkdir(parents=True)
+        (self.directory / host / "guests").mkdir()
+        netns.run(["mount", "-t", "bpf", "bpf", str(place)])
+        self.stack.callback(netns.run, ["umount", "-l", str(place)])
+
+    def _attached(self) -> bool:
+        if not self.coordinator.running():
+            raise LabError(f"the coordinator ended: {self.coordinator.tail()}")
+        for agent in self.agents.values():
+            if not agent.running():
+                raise LabError(f"{agent.name} ended: {agent.tail()}")
+        with contextlib.suppress(grpc.RpcError):
+            return sum(h.connected for h in self.coordinator_stub().Hosts(pb.Empty(), timeout=5).hosts) == len(
+                self.agents
+            )
+        return False
+
+    # ---- speaking to them ----
+
+    def coordinator_stub(self) -> rpc.CoordinatorStub:
+        return rpc.CoordinatorStub(self._channel(self._coordinator_socket()))  # type: ignore[no-untyped-call]
+
+    def agent_stub(self, host: str) -> rpc.AgentStub:
+        return rpc.AgentStub(self._channel(self.directory / host / "agent.sock"))  # type: ignore[no-untyped-call]
+
+    def _channel(self, socket: Path) -> grpc.Channel:
+        channel = self.channels.get(str(socket))
+        if channel is None:
+            channel = grpc.insecure_channel(f"unix:{socket}")
+            self.channels[str(socket)] = channel
+            self.stack.callback(channel.close)
+        return channel
+
+    def apply(self, **objects: Any) -> pb.ApplyReply:
+        """Declare networks, policies, ports …: lists of mappings with the fields of the messages."""
+        config = json_format.ParseDict(objects, pb.Config())
+        reply: pb.ApplyReply = self.coordinator_stub().Apply(pb.ApplyRequest(config=config), timeout=30)
+        return reply
+
+    def declare(self, *machines: Machine, timeout_s: float = 30.0) -> None:
+        """Give machines their ports and wait until these are open."""
+        self.apply(ports=[message for machine in machines for message in port_messages(machine)])
+        for machine in machines:
+            wait_until(f"the ports of {machine.name} are open", partial(self.is_open, machine, machine.host), timeout_s)
+
+    def is_open(self, machine: Machine, host: str) -> bool:
+        """All ports of a machine are active on a host."""
+        here = [p for p in self.ports(host) if p.instance.vm == machine.uuid and p.instance.state == "active"]
+        return len(here) == len(machine.ports)
+
+    def ports(self, host: str) -> Sequence[pb.PortStatus]:
+        ports: Sequence[pb.PortStatus] = self.agent_stub(host).Ports(pb.Empty(), timeout=10).ports
+        return ports
+
+    def migrate(self, machine: Machine, to: str, **options: Any) -> pb.Migration:
+        """Move a VM and wait for the end: its last report."""
+        *_, last = self.migration(machine, to, **options)
+        return last
+
+    def migration(
+        self, machine: Machine, to: str, *, deadline_s: float = 60.0, **options: Any
+    ) -> Iterator[pb.Migration]:
+        """Move a VM; its reports as they come."""
+        request = pb.MigrateRequest(vm=machine.uuid, to=to, **options)
+        yield from self.coordinator_stub().Migrate(request, timeout=deadline_s)
+
+    def remains(self, host: str) -> dict[str, list[str]]:
+        """All that a host's switch holds of VMs."""
+        reply = self.agent_stub(host).Remains(pb.Empty(), timeout=10)
+        return {sort: list(names.names) for sort, names in reply.remains.items() if names.names}
+
+    def cli(self, *arguments: str, host: str = "", timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """The operator's command, as a person at the control namespace (or on a host) runs it."""
+        environment = {
+            **os.environ,
+            "MIGRATOR_COORDINATOR": f"{self.underlay('control')}:{COORDINATOR_PORT}",
+            "MIGRATOR_AGENT": str(self.directory / (host or self.host_names[0]) / "agent.sock"),
+        }
+        return subprocess.run(
+            netns.inside(self.name(host or "control"), [sys.executable, "-m", "migrator.cli.main", *arguments]),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            env=environment,
+        )
+
+    def complaints(self) -> list[str]:
+        """Lines of the daemons' logs that warn or worse."""
+        found = []
+        for daemon in (self.coordinator, *self.agents.values()):
+            for line in daemon.log.read_text(errors="replace").splitlines():
+                if any(word in line.lower() for word in ("warning", "error", "critical", "traceback")):
+                    found.append(f"{daemon.name}: {line}")
+        return found
+
+    def settled(self, machine: Machine, timeout_s: float = 20.0) -> None:
+        """Wait until no agent has anything of a migration of this VM in hand."""
+
+        def quiet() -> bool:
+            return not any(
+                p.instance.migration for h in self.host_names for p in self.ports(h) if p.instance.vm == machine.uuid
+            )
+
+        wait_until(f"the migration of {machine.name} is settled", quiet, timeout_s)
+
+
+def port_messages(machine: Machine) -> list[dict[str, Any]]:
+    """A machine's ports as messages."""
+    return [
+        {
+            "vm": machine.uuid,
+            "name": machine.name,
+            "mac": port.mac,
+            "network": port.network,
+            "host": machine.host,
+            "device": port.device,
+            "devices": dict(port.devices),
+            "addresses": list(port.addresses),
+            "policy": machine.policy,
+            "mtu": port.mtu,
+            "timeouts_ms": dict(machine.timeouts_ms),
+            "connections_max": machine.connections_max,
+        }
+        for port in machine.ports
+    ]
+
+
+def _toml(content: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for section, values in content.items():
+        yield f"[{section}]"
+        for key, value in values.items():
+            yield f"{key} = {_toml_value(value)}"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return str(value) if isinstance(value, int | float) else f'"{value}"'
+
+
+def now() -> float:
+    """CLOCK_MONOTONIC, which every process of a lab shares."""
+    return time.monotonic()
