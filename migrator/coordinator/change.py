@@ -1,0 +1,256 @@
+"""What a request to change the configuration comes to: every object checked against all others, then the writes.
+
+Nothing here applies anything. A request that is wrong anywhere raises and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from migrator import config
+from migrator._pb import migrator_pb2 as pb
+from migrator.coordinator.catalog import Catalog, device_at, networks_of, place_names, place_writes, sets_of
+from migrator.coordinator.journal import Entry, Journal, Write
+from migrator.errors import AlreadyMigrating, ConfigInvalid, ObjectNotFound
+
+RULE_COUNTER = "rule"
+
+
+def epoch_counter(vm: str) -> str:
+    """Name of the counter that gives a VM's epochs."""
+    return f"epoch/{vm}"
+
+
+@dataclass
+class Planned:
+    """Writes of a request, counters they need, and what to tell the operator."""
+
+    writes: list[Write] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def put(self, catalog: Catalog, sort: str, name: str, message: Any) -> None:
+        """Write `message` if it differs from what is there."""
+        known = catalog.objects[sort].get(name)
+        if known == message:
+            return
+        self.writes.append(Write(sort, name, message.SerializeToString(deterministic=True)))
+        self.changed.append(f"{sort} {name}: {'added' if known is None else 'changed'}")
+
+
+class Counters:
+    """Reads counters that a plan has already raised, and the journal's for the others."""
+
+    def __init__(self, planned: Planned, journal: Journal) -> None:
+        self._planned, self._journal = planned, journal
+
+    def next(self, name: str) -> int:
+        value = self._planned.counters.get(name) or self._journal.counter(name)
+        self._planned.counters[name] = value + 1
+        return int(value) + 1
+
+    def at_least(self, name: str, value: int) -> None:
+        self._planned.counters[name] = max(value, self._planned.counters.get(name) or self._journal.counter(name))
+
+
+def plan_apply(catalog: Catalog, wanted: config.Config, journal: Journal, migrating: frozenset[str]) -> Planned:
+    """Writes that make `wanted` so; what it does not name stays. `migrating`: VMs that are being moved.
+
+    Raises ConfigInvalid or AlreadyMigrating.
+    """
+    planned = Planned()
+    counters = Counters(planned, journal)
+    _refuse_twins(wanted)
+    for network in wanted.networks:
+        planned.put(catalog, "network", network.name, config.to_message(network))
+    for address_set in wanted.address_sets:
+        planned.put(catalog, "address-set", address_set.name, config.to_message(address_set))
+    for policy in wanted.policies:
+        planned.put(catalog, "policy", policy.name, _with_ids(catalog, policy, counters))
+    for port in wanted.ports:
+        _plan_port(catalog, config.to_message(port), planned, counters, migrating)
+    _check(_after(catalog, planned), planned)
+    return planned
+
+
+def plan_removal(catalog: Catalog, sort: str, name: str, migrating: frozenset[str]) -> Planned:
+    """Writes that remove one object.
+
+    Raises ObjectNotFound, ConfigInvalid (something still refers to it) or AlreadyMigrating.
+    """
+    if sort not in ("network", "address-set", "policy", "port", "host"):
+        raise ConfigInvalid(f"{sort!r} is no sort of object", hint="network, address-set, policy, port or host")
+    if sort == "port":
+        name = "/".join(part.lower() for part in name.split("/"))
+    known = catalog.objects[sort].get(name)
+    if known is None:
+        raise ObjectNotFound(f"no {sort} {name!r}")
+    users = _users(catalog, sort, name)
+    if users:
+        raise ConfigInvalid(f"{sort} {name} is in use by {', '.join(users[:5])}", hint="remove or change these first")
+    planned = Planned(writes=[Write(sort, name, None)], changed=[f"{sort} {name}: removed"])
+    if sort == "port":
+        _refuse_moving(known.vm, migrating)
+        planned.writes += [Write("place", place, None) for place in place_names(known) if place in catalog.places]
+    return planned
+
+
+def _users(catalog: Catalog, sort: str, name: str) -> list[str]:
+    if sort == "address-set":
+        return [f"policy {policy.name}" for policy in catalog.policies.values() if name in sets_of(policy)]
+    if sort == "host" and catalog.hosts[name].connected:
+        return ["its agent, which is connected"]
+    return [f"port {key}" for key, port in catalog.ports.items() if _uses(port, sort, name)]
+
+
+def _uses(port: pb.Port, sort: str, name: str) -> bool:
+    if sort == "network":
+        return name in networks_of(port)
+    return bool(name == {"policy": port.policy, "host": port.host}.get(sort))
+
+
+def _refuse_twins(wanted: config.Config) -> None:
+    for sort, names in (
+        ("network", [network.name for network in wanted.networks]),
+        ("address set", [address_set.name for address_set in wanted.address_sets]),
+        ("policy", [policy.name for policy in wanted.policies]),
+        ("port", [port.key for port in wanted.ports]),
+    ):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ConfigInvalid(f"{sort} {twice[0]} is given twice")
+
+
+def _refuse_moving(vm: str, migrating: frozenset[str]) -> None:
+    if vm in migrating:
+        raise AlreadyMigrating(f"VM {vm} is being moved: its ports cannot be added or removed", hint="wait for its end")
+
+
+def _with_ids(catalog: Catalog, policy: config.Policy, counters: Counters) -> pb.Policy:
+    """The policy with an id for each rule: an unchanged rule keeps its own, so that its hits stay with it."""
+    message: pb.Policy = config.to_message(policy)
+    known = catalog.policies.get(policy.name)
+    elsewhere = {r.id: name for name, p in catalog.policies.items() if name != policy.name for r in p.rules}
+    given = {rule.id for rule in message.rules if rule.id}
+    for number in given & elsewhere.keys():
+        raise ConfigInvalid(
+            f"policy {policy.name}: rule id {number} belongs to policy {elsewhere[number]}", hint="leave the id out"
+        )
+    counters.at_least(RULE_COUNTER, max(given, default=0))
+    free = [rule for rule in (known.rules if known else ()) if rule.id not in given]
+    for rule in message.rules:
+        if rule.id:
+            continue
+        same = next((old for old in free if _same_but_id(old, rule)), None)
+        if same is None:
+            rule.id = counters.next(RULE_COUNTER)
+        else:
+            free.remove(same)
+            rule.id = same.id
+    return message
+
+
+def _same_but_id(old: pb.Rule, new: pb.Rule) -> bool:
+    probe = pb.Rule()
+    probe.CopyFrom(new)
+    probe.id = old.id
+    return probe == old
+
+
+def _plan_port(
+    catalog: Catalog, port: pb.Port, planned: Planned, counters: Counters, migrating: frozenset[str]
+) -> None:
+    key = f"{port.vm}/{port.mac}"
+    known = catalog.ports.get(key)
+    if known is None:
+        _refuse_moving(port.vm, migrating)
+        port.host = port.host or catalog.host_of(port.vm)
+    else:
+        if known.network != port.network:
+            raise ConfigInvalid(
+                f"port {key}: network {known.network} cannot become {port.network}", hint="remove the port, then add it"
+            )
+        if port.host not in ("", known.host):
+            planned.warnings.append(f"port {key}: stays at {known.host}, only migrate moves a VM (not to {port.host})")
+        port.host = known.host
+    planned.put(catalog, "port", key, port)
+    epoch = counters.next(epoch_counter(port.vm)) if known is None else catalog.epoch(known)
+    gone = set(place_names(known)) - set(place_names(port)) if known is not None else set()
+    planned.writes += [Write("place", name, None) for name in sorted(gone)]
+    for write in place_writes(port, port.host, epoch):
+        place = catalog.places.get(write.name)
+        if place is None or (place.vm == port.vm and place.SerializeToString() != write.body):
+            planned.writes.append(write)
+
+
+def _after(catalog: Catalog, planned: Planned) -> Catalog:
+    """The catalogue as it would be, sharing what does not change."""
+    after = Catalog(
+        {sort: dict(known) for sort, known in catalog.objects.items()},
+        {},
+        {vm: set(names) for vm, names in catalog.by_vm.items()},
+    )
+    after.take(Entry(0, write.sort, write.name, write.body) for write in planned.writes)
+    return after
+
+
+def _check(after: Catalog, planned: Planned) -> None:
+    _check_networks(after)
+    for policy in after.policies.values():
+        for name in sorted(sets_of(policy) - after.sets.keys()):
+            raise ConfigInvalid(f"policy {policy.name}: there is no address set {name}")
+    owners: dict[str, str] = {}
+    addresses: dict[tuple[str, str], str] = {}
+    for key, port in after.ports.items():
+        _check_port(after, key, port)
+        for place in place_names(port):
+            if place in owners:
+                raise ConfigInvalid(f"port {key}: MAC {port.mac} is in its network already, at port {owners[place]}")
+            owners[place] = key
+        for address in port.addresses:
+            other = addresses.setdefault((port.network, address), key)
+            if other != key:
+                planned.warnings.append(f"port {key}: address {address} is also port {other}'s")
+    _check_vms(after, planned)
+
+
+def _check_networks(after: Catalog) -> None:
+    taken: dict[tuple[object, ...], str] = {}
+    for network in after.networks.values():
+        if network.kind == "local":
+            continue
+        wire = ("vlan", network.vlan, "on", network.uplink or "the uplink")
+        tag = ("vni", network.vni) if network.kind == "overlay" else wire
+        other = taken.setdefault(tag, network.name)
+        if other != network.name:
+            raise ConfigInvalid(f"network {network.name}: {' '.join(map(str, tag))} is network {other}'s already")
+
+
+def _check_port(after: Catalog, key: str, port: pb.Port) -> None:
+    for name in networks_of(port):
+        if name not in after.networks:
+            raise ConfigInvalid(f"port {key}: there is no network {name}")
+    if port.policy and port.policy not in after.policies:
+        raise ConfigInvalid(f"port {key}: there is no policy {port.policy}")
+    if not port.host:
+        raise ConfigInvalid(f"port {key}: host is missing", hint="name the host where the VM is")
+    if not device_at(port, port.host):
+        raise ConfigInvalid(f"port {key}: no device on host {port.host}", hint="give device, or devices with that host")
+
+
+def _check_vms(after: Catalog, planned: Planned) -> None:
+    named: dict[str, str] = {}
+    for vm, keys in after.by_vm.items():
+        ports = [after.ports[key] for key in keys]
+        hosts = sorted({port.host for port in ports})
+        if len(hosts) > 1:
+            raise ConfigInvalid(f"VM {vm}: its ports name hosts {' and '.join(hosts)}; a VM is on one host")
+        for name in {port.name for port in ports if port.name}:
+            if named.setdefault(name, vm) != vm:
+                raise ConfigInvalid(f"VM name {name} is {named[name]}'s and {vm}'s")
+    unknown: Mapping[str, None] = {p.host: None for p in after.ports.values() if p.host not in after.hosts}
+    planned.warnings += [f"host {name} has no agent yet" for name in unknown]

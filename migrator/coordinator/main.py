@@ -1,0 +1,72 @@
+"""The coordinator's process: journal, service, metrics, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import structlog
+from prometheus_client import start_http_server
+
+from migrator.coordinator.cluster import Cluster
+from migrator.coordinator.service import serve
+from migrator.coordinator.settings import Settings, load
+from migrator.coordinator.sqlite import SqliteJournal
+from migrator.errors import ConfigInvalid
+
+GRACE_S = 1.0
+
+log = structlog.get_logger()
+
+
+def run(config: Path | None = None, **options: Any) -> int:
+    """Serve until SIGTERM or SIGINT. `options` replace those of the file (`migrator.coordinator.settings.Settings`).
+
+    Raises ConfigInvalid, JournalFailed.
+    """
+    asyncio.run(_serve(load(config, **options)))
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    journal = _open_journal(settings.state_dir)
+    try:
+        cluster = Cluster(journal, settings.deadlines)
+        cluster.start()
+        server, port = await serve(cluster, settings.listen)
+        if settings.metrics_port:
+            start_http_server(settings.metrics_port, settings.metrics_address)
+        log.info("coordinator serves", listen=settings.listen, port=port, revision=cluster.store.revision)
+        _tell_systemd()
+        await stop.wait()
+        log.info("coordinator stops")
+        cluster.stop()
+        await server.stop(GRACE_S)
+    finally:
+        journal.close()
+
+
+def _open_journal(state_dir: Path) -> SqliteJournal:
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigInvalid(f"state_dir {state_dir}: {error.strerror}") from None
+    return SqliteJournal(state_dir / "journal.sqlite")
+
+
+def _tell_systemd() -> None:
+    """sd_notify(3): READY=1, when started by a unit of Type=notify."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect("\0" + address[1:] if address.startswith("@") else address)
+        notify.send(b"READY=1")

@@ -1,0 +1,48 @@
+"""Errors over gRPC: status code, message, and in the trailing metadata the error's name and hint.
+
+Servers wrap their handlers in `reported`, clients turn what they catch back into an error with `received`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import structlog
+
+from datapath.errors import Error
+from migrator.errors import EXTERNAL, DeadlineExceeded, MigrationError, PeerLost, error_name, grpc_status, rebuild
+
+NAME_KEY = "migrator-error"
+HINT_KEY = "migrator-hint-bin"
+
+log = structlog.get_logger()
+
+
+@asynccontextmanager
+async def reported(context: Any) -> AsyncIterator[None]:
+    """Ends the call with the status that stands for an error of ours: the one place where a handler logs it."""
+    try:
+        yield
+    except Error as error:
+        metadata = ((NAME_KEY, error_name(error)), (HINT_KEY, error.hint.encode()))
+        error.hint = ""
+        message = str(error)
+        log.info("call refused", error=error_name(error), message=message)
+        await context.abort(getattr(grpc.StatusCode, grpc_status(error)), message, metadata)
+
+
+def received(error: grpc.RpcError, target: str) -> Error:
+    """The error that a call ended with; `target` says who was called."""
+    metadata = dict(error.trailing_metadata() or ())
+    message = error.details() or error.code().name
+    name, hint = metadata.get(NAME_KEY, ""), metadata.get(HINT_KEY, b"")
+    if name in {kind.__name__ for kind in EXTERNAL}:
+        return rebuild(name, message, hint.decode(errors="replace"))
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return PeerLost(f"{target} does not answer: {message}")
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"{target} did not answer in time")
+    return MigrationError(f"{target}: {error.code().name}: {message}")

@@ -1,0 +1,135 @@
+"""The gRPC service Coordinator on top of a Cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import structlog
+
+from migrator._pb import migrator_pb2 as pb
+from migrator._pb import migrator_pb2_grpc
+from migrator.coordinator.cluster import Cluster
+from migrator.coordinator.roster import Session
+from migrator.coordinator.rpc import reported
+from migrator.coordinator.watch import watch
+from migrator.errors import ConfigInvalid
+
+OPTIONS = (
+    ("grpc.keepalive_time_ms", 3_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 256 << 20),
+    ("grpc.so_reuseport", 0),
+)
+"""An agent that has gone without a word is noticed after 6 s."""
+
+HELLO_TIMEOUT_S = 10.0
+
+log = structlog.get_logger()
+
+
+class CoordinatorService(migrator_pb2_grpc.CoordinatorServicer):
+    """See proto/migrator/v1/migrator.proto."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    async def Attach(self, requests: Any, context: Any) -> AsyncIterator[pb.ToAgent]:  # noqa: N802
+        async with reported(context):
+            session = self._cluster.join(await _hello(requests))
+            reader = asyncio.get_running_loop().create_task(self._read(session, requests))
+            try:
+                async for message in session.messages():
+                    yield message
+            finally:
+                reader.cancel()
+                self._cluster.leave(session)
+
+    async def _read(self, session: Session, requests: Any) -> None:
+        try:
+            async for message in requests:
+                if session.open:
+                    self._cluster.receive(session, message)
+        except grpc.RpcError as error:
+            log.debug("stream of an agent broke", host=session.host, error=str(error))
+        except Exception:
+            log.exception("an agent's message could not be handled", host=session.host)
+        finally:
+            session.close()
+
+    async def Apply(self, request: pb.ApplyRequest, context: Any) -> pb.ApplyReply:  # noqa: N802
+        async with reported(context):
+            return self._cluster.apply(request)
+
+    async def Remove(self, request: pb.Removal, context: Any) -> pb.ApplyReply:  # noqa: N802
+        async with reported(context):
+            return self._cluster.remove(request)
+
+    async def Show(self, request: pb.Empty, context: Any) -> pb.Config:  # noqa: N802, ARG002
+        async with reported(context):
+            return self._cluster.store.catalog.config(self._cluster.store.revision)
+
+    async def Hosts(self, request: pb.Empty, context: Any) -> pb.HostList:  # noqa: N802, ARG002
+        async with reported(context):
+            return self._cluster.hosts()
+
+    async def Migrate(self, request: pb.MigrateRequest, context: Any) -> AsyncIterator[pb.Migration]:  # noqa: N802
+        async with reported(context):
+            migration = await self._cluster.migrations.migrate(request)
+            async for report in self._cluster.migrations.follow(migration):
+                yield report
+
+    async def Migrations(self, request: pb.Empty, context: Any) -> pb.MigrationList:  # noqa: N802, ARG002
+        async with reported(context):
+            reports = sorted(self._cluster.migrations.reports(), key=lambda report: report.started_at)
+            return pb.MigrationList(migrations=reports)
+
+    async def Follow(self, request: pb.MigrationRef, context: Any) -> AsyncIterator[pb.Migration]:  # noqa: N802
+        async with reported(context):
+            async for report in self._cluster.migrations.follow(request.id):
+                yield report
+
+    async def Abort(self, request: pb.MigrationRef, context: Any) -> pb.Migration:  # noqa: N802
+        async with reported(context):
+            return self._cluster.migrations.abort(request.id)
+
+    async def Resolve(self, request: pb.ResolveRequest, context: Any) -> pb.Migration:  # noqa: N802
+        async with reported(context):
+            return self._cluster.migrations.resolve(request.id, request.guest_at)
+
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Change]:  # noqa: N802
+        async with reported(context):
+            async for change in watch(self._cluster.store, request.from_revision, request.sorts):
+                yield change
+
+
+async def _hello(requests: Any) -> pb.Hello:
+    try:
+        first: pb.FromAgent | None = await asyncio.wait_for(anext(aiter(requests), None), HELLO_TIMEOUT_S)
+    except TimeoutError:
+        first = None
+    if first is None or first.WhichOneof("message") != "hello":
+        raise ConfigInvalid("an agent's first message must be its Hello")
+    return first.hello
+
+
+async def serve(cluster: Cluster, listen: str, credentials: grpc.ServerCredentials | None = None) -> tuple[Any, int]:
+    """Start serving; returns the server and the port it has. Raises ConfigInvalid when the address cannot be used.
+
+    `credentials` None: without transport security, for trusted networks and tests.
+    """
+    server = grpc.aio.server(options=OPTIONS)
+    migrator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(cluster), server)  # type: ignore[no-untyped-call]
+    try:
+        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise ConfigInvalid(f"cannot listen on {listen}: {error}", hint="another process has it?") from None
+    await server.start()
+    return server, port

@@ -1,0 +1,192 @@
+"""One migration through the real service, with scripted agents."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+
+from migrator._pb import migrator_pb2 as pb
+from migrator.coordinator.rpc import received
+from migrator.errors import AlreadyMigrating, MigrationNotFound, PreflightFailed
+from tests.unit.scripted import MAC, VM, Agent, Bench
+
+
+def run(folder: Path, scenario, **deadlines: float) -> None:
+    async def main() -> None:
+        async with Bench(folder, **deadlines) as bench:
+            await scenario(bench)
+
+    asyncio.run(main())
+
+
+def test_vm_moves_and_every_host_is_told(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        third = Agent("h3")
+        await bench.attach(third)
+        report = await bench.begin_migration()
+        await a.hear("authorise")
+        b.progress("committed", a.migration, moved={"conntrack": 5})
+        b.progress("opened", a.migration)
+        report = await bench.finished(report.id)
+        assert (report.outcome, report.phase, report.epoch) == ("complete", "done", 2)
+        assert report.moved == {"conntrack": 5}
+        start, prepare = a.last("start"), b.last("prepare")
+        assert start.token == prepare.token and len(start.token) == 16
+        assert start.channel == prepare.channel > 0
+        assert dict(prepare.devices) == {MAC: "t123456"}
+        assert dict(start.epochs) == {MAC: 1} and start.epoch == 2
+        for agent in (a, b, third):
+            place = (await agent.until(lambda agent=agent: moved_place(agent))).places[0]
+            assert (place.mac, place.host, place.epoch) == (MAC, "h2", 2)
+        config = await bench.stub.Show(pb.Empty())
+        assert config.ports[0].host == "h2"
+
+    run(tmp_path, scenario)
+
+
+def moved_place(agent: Agent):
+    found = [m.places for m in agent.heard if m.WhichOneof("message") == "places"]
+    return next((p for p in found if p.places and p.places[0].host == "h2"), None)
+
+
+def test_redirect_ends_when_idle_and_known_everywhere(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        deaf = Agent("h3")
+        deaf.acknowledges = False
+        await bench.attach(deaf)
+        report = await bench.begin_migration()
+        await a.hear("authorise")
+        b.progress("opened", a.migration)
+        await bench.finished(report.id)
+        a.say(redirect_idle=pb.RedirectIdle(vm=VM, epoch=1, idle_s=61))
+        told = await deaf.until(lambda: moved_place(deaf))
+        assert (await bench.stub.Hosts(pb.Empty())).hosts  # a round trip after the idle word
+        assert "end_redirect" not in a.names()
+        deaf.say(places=pb.PlacesKnown(revision=told.revision))
+        ended = await a.hear("end_redirect")
+        assert (ended.vm, ended.epoch) == (VM, 1)
+
+    run(tmp_path, scenario)
+
+
+def test_destination_that_refuses_leaves_the_vm_where_it_is(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        b.refuse.add("prepare")
+        b.on["abort"] = ["aborted"]
+        report = await bench.finished((await bench.begin_migration()).id)
+        assert report.outcome == "refused"
+        assert "prepare refused" in report.reason
+        assert "start" not in a.names()
+        assert (await bench.stub.Show(pb.Empty())).ports[0].host == "h1"
+
+    run(tmp_path, scenario)
+
+
+def test_dry_run_prepares_then_undoes(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        b.on["abort"] = ["aborted"]
+        report = await bench.finished((await bench.begin_migration(dry_run=True)).id)
+        assert (report.outcome, report.reason) == ("complete", "dry run")
+        assert "start" not in a.names()
+        await b.hear("abort")
+
+    run(tmp_path, scenario)
+
+
+def test_operator_aborts_in_precopy(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        a.on = {"abort": ["rolled-back"]}
+        b.on = {"verdict": ["aborted"], "abort": ["aborted"]}
+        report = await bench.begin_migration()
+        await a.hear("start")
+        await bench.phase(report.id, "pre-copy")
+        await bench.stub.Abort(pb.MigrationRef(id=report.id))
+        report = await bench.finished(report.id)
+        assert report.outcome == "aborted"
+        assert "operator" in report.reason
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        ({"vm": "nobody", "to": "h2"}, MigrationNotFound),
+        ({"vm": "shop", "to": "h9"}, PreflightFailed),
+        ({"vm": VM, "to": "h1"}, PreflightFailed),
+    ],
+)
+def test_refusals_before_anything_happens(tmp_path: Path, request_: dict, error: type) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.two_hosts()
+        with pytest.raises(grpc.RpcError) as caught:
+            await bench.begin_migration(**request_)
+        problem = received(caught.value, "coordinator")
+        assert type(problem) is error
+        assert problem.hint
+        assert not (await bench.stub.Migrations(pb.Empty())).migrations
+
+    run(tmp_path, scenario)
+
+
+def test_never_two_migrations_of_one_vm(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.two_hosts()
+        await bench.begin_migration()
+        with pytest.raises(grpc.RpcError) as caught:
+            await bench.begin_migration()
+        assert type(received(caught.value, "coordinator")) is AlreadyMigrating
+
+    run(tmp_path, scenario)
+
+
+def test_silent_destination_is_refused_after_its_deadline(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        _, b = await bench.two_hosts()
+        b.silent.add("prepare")
+        b.on["abort"] = ["aborted"]
+        report = await bench.finished((await bench.begin_migration()).id)
+        assert report.outcome in ("refused", "aborted")
+        assert report.reason
+
+    run(tmp_path, scenario, stage_s=0.3)
+
+
+def test_lost_agents_after_authorisation_put_it_in_doubt_and_the_operator_resolves(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        a.on["verdict"] = ["rolled-back"]
+        b.on["verdict"] = ["aborted"]
+        report = await bench.begin_migration()
+        report = await bench.phase(report.id, "in-doubt")
+        assert not report.done
+        report = await bench.stub.Resolve(pb.ResolveRequest(id=report.id, guest_at="h1"))
+        assert (await b.hear("verdict")).guest_at == "h1"
+        assert (await bench.finished(report.id)).outcome == "aborted"
+
+    run(tmp_path, scenario, switchover_s=0.2)
+
+
+def test_change_during_a_migration_goes_to_both_instances(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        a.on = {}
+        report = await bench.begin_migration()
+        await bench.phase(report.id, "pre-copy")
+        await bench.stub.Apply(
+            pb.ApplyRequest(config=pb.Config(address_sets=[pb.AddressSet(name="office", prefixes=["198.51.100.0/24"])]))
+        )
+        order = await b.hear("port")
+        assert (order.epoch, order.device, list(order.rules[0].remote)) == (2, "t123456", ["198.51.100.0/24"])
+        here = await a.until(lambda: a.last("port").rules[0].remote[0].startswith("198") and a.last("port"))
+        assert here.epoch == 1
+
+    run(tmp_path, scenario)
