@@ -1,0 +1,228 @@
+"""Programs on devices: tcx links where the kernel has them (6.6), filters on clsact where not. One interface.
+
+    attach    puts a program on a device, or replaces the one that this switch put there: each packet meets one of them
+    detach    takes it off; also when the device is gone
+    attached  what is on now
+
+Attachments outlive the agent: links by their pins, filters by themselves. A device that is made anew, or that moves to
+another namespace and back with another ifindex, is attached again by whoever hears of it (devices.Watch). Calls act in
+the network namespace of the calling thread.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import enum
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyroute2 import IPRoute, NetlinkError
+
+from datapath.drivers.ebpf import syscall
+from datapath.drivers.ebpf.uapi import AttachType
+from datapath.errors import KernelError
+
+_LOOPBACK = 1  # its ifindex in every namespace
+
+
+class Direction(enum.StrEnum):
+    INGRESS = "ingress"
+    EGRESS = "egress"
+
+
+@dataclass(frozen=True)
+class Attachment:
+    ifindex: int
+    direction: Direction
+    program: int  # id, as in bpftool prog show
+
+
+class Attachments(abc.ABC):
+    """What this switch has put on devices."""
+
+    @abc.abstractmethod
+    def attach(self, ifindex: int, direction: Direction, program: int) -> None:
+        """Put the program (a descriptor) on. Raises KernelError ENODEV."""
+
+    @abc.abstractmethod
+    def detach(self, ifindex: int, direction: Direction) -> None:
+        """Take off what `attach` put on; nothing there is no error."""
+
+    @abc.abstractmethod
+    def attached(self) -> list[Attachment]:
+        """Sorted by device and direction; those whose device is gone are not in it."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of descriptors; attachments stay."""
+
+
+def has_tcx() -> bool:
+    """Asks the loopback device for its tcx programs."""
+    try:
+        syscall.prog_query(_LOOPBACK, AttachType.TCX_INGRESS)
+    except KernelError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True
+
+
+def attachments(links: Path, instance: str) -> Attachments:
+    """The best that this kernel has. `links`: directory for pins."""
+    return TcxAttachments(links) if has_tcx() else ClsactAttachments(instance)
+
+
+class TcxAttachments(Attachments):
+    """Links pinned as IFINDEX-DIRECTION, run behind the programs of others on the device."""
+
+    _TYPES = {Direction.INGRESS: AttachType.TCX_INGRESS, Direction.EGRESS: AttachType.TCX_EGRESS}  # noqa: RUF012
+
+    def __init__(self, links: Path) -> None:
+        self._links = links
+
+    def attach(self, ifindex: int, direction: Direction, program: int) -> None:
+        pin = self._pin(ifindex, direction)
+        with _pinned(pin) as link:
+            if link is not None and syscall.link_info(link).ifindex == ifindex:
+                syscall.link_update(link, program)
+                return
+        pin.unlink(missing_ok=True)  # its device is gone, and this one has its number
+        link = syscall.link_create(program, ifindex, self._TYPES[direction])
+        try:
+            syscall.obj_pin(link, pin)
+        finally:
+            os.close(link)
+
+    def detach(self, ifindex: int, direction: Direction) -> None:
+        pin = self._pin(ifindex, direction)
+        with _pinned(pin) as link:
+            if link is not None and syscall.link_info(link).ifindex:
+                syscall.link_detach(link)  # at once; what unlink frees goes some time later
+        pin.unlink(missing_ok=True)
+
+    def attached(self) -> list[Attachment]:
+        found = []
+        for pin in self._links.iterdir():
+            with _pinned(pin) as link:
+                info = None if link is None else syscall.link_info(link)
+            number, _, direction = pin.name.partition("-")
+            if info is not None and info.ifindex == int(number):
+                found.append(Attachment(info.ifindex, Direction(direction), info.prog_id))
+        return sorted(found, key=_order)
+
+    def close(self) -> None:
+        pass
+
+    def _pin(self, ifindex: int, direction: Direction) -> Path:
+        return self._links / f"{ifindex}-{direction}"
+
+
+class ClsactAttachments(Attachments):
+    """Direct-action filters of one priority and handle, known by their name: that of the switch and the program's id.
+
+    (pyroute2 does not read TCA_BPF_ID.)
+    """
+
+    _PARENTS = {Direction.INGRESS: 0xFFFFFFF2, Direction.EGRESS: 0xFFFFFFF3}  # noqa: RUF012
+    _PRIORITY = 4919
+    _HANDLE = 1  # without it `replace` adds a filter each time
+
+    def __init__(self, instance: str) -> None:
+        self._name = f"migrator-{instance}:"
+        self._route = IPRoute()
+
+    def attach(self, ifindex: int, direction: Direction, program: int) -> None:
+        what = f"attach {direction} of device {ifindex}"
+        with _kernel_errors(what, errno.EEXIST):
+            self._route.tc("add", "clsact", ifindex)
+        with _kernel_errors(what):
+            self._route.tc(
+                "replace-filter",
+                "bpf",
+                ifindex,
+                handle=self._HANDLE,
+                fd=program,
+                name=f"{self._name}{syscall.prog_info(program).id}",
+                parent=self._PARENTS[direction],
+                prio=self._PRIORITY,
+                classid=1,
+                direct_action=True,
+            )
+
+    def detach(self, ifindex: int, direction: Direction) -> None:
+        if not any(self._filters(ifindex, direction)):
+            return
+        with _kernel_errors(f"detach {direction} of device {ifindex}", errno.ENOENT, errno.ENODEV, errno.EINVAL):
+            self._route.tc(
+                "del-filter",
+                "bpf",
+                ifindex,
+                handle=self._HANDLE,
+                parent=self._PARENTS[direction],
+                prio=self._PRIORITY,
+            )
+        if not any(self._all_filters(ifindex)):
+            with _kernel_errors(f"delete clsact of device {ifindex}", errno.ENOENT, errno.ENODEV, errno.EINVAL):
+                self._route.tc("del", "clsact", ifindex)
+
+    def attached(self) -> list[Attachment]:
+        devices = [link["index"] for link in self._route.get_links()]
+        found = [
+            Attachment(ifindex, direction, program)
+            for ifindex in devices
+            for direction in Direction
+            for program in self._filters(ifindex, direction)
+        ]
+        return sorted(found, key=_order)
+
+    def close(self) -> None:
+        self._route.close()
+
+    def _filters(self, ifindex: int, direction: Direction) -> Iterator[int]:
+        """Program ids of this switch's filters."""
+        with contextlib.suppress(NetlinkError):  # no clsact there, or no such device
+            for item in self._route.get_filters(ifindex, parent=self._PARENTS[direction]):
+                options = item.get_attr("TCA_OPTIONS")
+                name = options.get_attr("TCA_BPF_NAME") if options is not None else ""
+                if name.startswith(self._name):
+                    yield int(name.removeprefix(self._name))
+
+    def _all_filters(self, ifindex: int) -> Iterator[object]:
+        with contextlib.suppress(NetlinkError):
+            for parent in self._PARENTS.values():
+                yield from self._route.get_filters(ifindex, parent=parent)
+
+
+def _order(attachment: Attachment) -> tuple[int, str]:
+    return attachment.ifindex, attachment.direction
+
+
+@contextlib.contextmanager
+def _pinned(pin: Path) -> Iterator[int | None]:
+    """Descriptor of a pinned link; None if there is none."""
+    try:
+        link = syscall.obj_get(pin)
+    except KernelError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        yield None
+        return
+    try:
+        yield link
+    finally:
+        os.close(link)
+
+
+@contextlib.contextmanager
+def _kernel_errors(what: str, *expected: int) -> Iterator[None]:
+    """NetlinkError as KernelError; errno in `expected` is no error."""
+    try:
+        yield
+    except NetlinkError as error:
+        if error.code not in expected:
+            raise KernelError(what, error.code) from None
