@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 from prometheus_client import start_http_server
 
+from migrator import logs
 from migrator.coordinator.cluster import Cluster
 from migrator.coordinator.service import serve
 from migrator.coordinator.settings import Settings, load
@@ -28,7 +29,9 @@ def run(config: Path | None = None, **options: Any) -> int:
 
     Raises ConfigInvalid, JournalFailed.
     """
-    asyncio.run(_serve(load(config, **options)))
+    settings = load(config, **options)
+    logs.configure(settings.log_level, as_json=settings.log_json)
+    asyncio.run(_serve(settings))
     return 0
 
 
@@ -41,7 +44,7 @@ async def _serve(settings: Settings) -> None:
     try:
         cluster = Cluster(journal, settings.deadlines)
         cluster.start()
-        server, port = await serve(cluster, settings.listen)
+        server, port = await serve(cluster, settings.listen, unix=settings.socket)
         if settings.metrics_port:
             start_http_server(settings.metrics_port, settings.metrics_address)
         log.info("coordinator serves", listen=settings.listen, port=port, revision=cluster.store.revision)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -120,16 +121,19 @@ async def _hello(requests: Any) -> pb.Hello:
     return first.hello
 
 
-async def serve(cluster: Cluster, listen: str, credentials: grpc.ServerCredentials | None = None) -> tuple[Any, int]:
-    """Start serving; returns the server and the port it has. Raises ConfigInvalid when the address cannot be used.
+async def serve(
+    cluster: Cluster, listen: Sequence[str], credentials: grpc.ServerCredentials | None = None
+) -> tuple[Any, int]:
+    """Start serving; returns the server and the port of its last address. Raises ConfigInvalid for one it cannot have.
 
     `credentials` None: without transport security, for trusted networks and tests.
     """
     server = grpc.aio.server(options=OPTIONS)
     migrator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(cluster), server)  # type: ignore[no-untyped-call]
-    try:
-        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise ConfigInvalid(f"cannot listen on {listen}: {error}", hint="another process has it?") from None
+    for address in listen:
+        try:
+            port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+        except RuntimeError:
+            raise ConfigInvalid(f"cannot listen on {address}", hint="is it this host's, and free?") from None
     await server.start()
     return server, port

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from migrator.documents import read_toml, validate
 from migrator.errors import ConfigInvalid
@@ -41,15 +41,25 @@ class Deadlines(BaseModel):
         }.get(phase)
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Address = Annotated[str, Field(pattern=r"^(unix:/.+|(?!unix:).+:\d{1,5})$")]
+
+
 class Settings(BaseModel):
-    """`listen` is host:port for agents and operators; `metrics_port` 0 serves no metrics."""
+    """`listen`: host:port or unix:PATH, one or several, for agents and operators. `metrics_port` 0: none are served."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    listen: str = Field(default="127.0.0.1:7400", pattern=r"^.+:\d{1,5}$")
+    listen: Annotated[list[Address], BeforeValidator(_listed), Field(min_length=1)] = ["127.0.0.1:7400"]
+    socket: Path | None = None
     state_dir: Path = Path("/var/lib/migrator/coordinator")
     metrics_port: int = Field(default=0, ge=0, le=65535)
     metrics_address: str = "127.0.0.1"
+    log_json: bool = True
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     deadlines: Deadlines = Deadlines()
 
 
