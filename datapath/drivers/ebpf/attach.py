@@ -23,6 +23,7 @@ from pathlib import Path
 from pyroute2 import IPRoute, NetlinkError
 
 from datapath.drivers.ebpf import syscall
+from datapath.drivers.ebpf.devices import kernel_errors
 from datapath.drivers.ebpf.uapi import AttachType
 from datapath.errors import KernelError
 
@@ -138,9 +139,9 @@ class ClsactAttachments(Attachments):
 
     def attach(self, ifindex: int, direction: Direction, program: int) -> None:
         what = f"attach {direction} of device {ifindex}"
-        with _kernel_errors(what, errno.EEXIST):
+        with kernel_errors(what, errno.EEXIST):
             self._route.tc("add", "clsact", ifindex)
-        with _kernel_errors(what):
+        with kernel_errors(what):
             self._route.tc(
                 "replace-filter",
                 "bpf",
@@ -157,7 +158,7 @@ class ClsactAttachments(Attachments):
     def detach(self, ifindex: int, direction: Direction) -> None:
         if not any(self._filters(ifindex, direction)):
             return
-        with _kernel_errors(f"detach {direction} of device {ifindex}", errno.ENOENT, errno.ENODEV, errno.EINVAL):
+        with kernel_errors(f"detach {direction} of device {ifindex}", errno.ENOENT, errno.ENODEV, errno.EINVAL):
             self._route.tc(
                 "del-filter",
                 "bpf",
@@ -167,7 +168,7 @@ class ClsactAttachments(Attachments):
                 prio=self._PRIORITY,
             )
         if not any(self._all_filters(ifindex)):
-            with _kernel_errors(f"delete clsact of device {ifindex}", errno.ENOENT, errno.ENODEV, errno.EINVAL):
+            with kernel_errors(f"delete clsact of device {ifindex}", errno.ENOENT, errno.ENODEV, errno.EINVAL):
                 self._route.tc("del", "clsact", ifindex)
 
     def attached(self) -> list[Attachment]:
@@ -216,13 +217,3 @@ def _pinned(pin: Path) -> Iterator[int | None]:
         yield link
     finally:
         os.close(link)
-
-
-@contextlib.contextmanager
-def _kernel_errors(what: str, *expected: int) -> Iterator[None]:
-    """NetlinkError as KernelError; errno in `expected` is no error."""
-    try:
-        yield
-    except NetlinkError as error:
-        if error.code not in expected:
-            raise KernelError(what, error.code) from None
