@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from .harness import Switch, compile_object
 from .lab import Lab
 from .model import BPF_SOURCES
+from .probe import Probe
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,3 +45,16 @@ def switch(loaded_switch: Switch) -> Iterator[Switch]:
 def lab(switch: Switch) -> Iterator[Lab]:
     with Lab(switch) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def loaded_probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Switch]:
+    source = Path(__file__).with_name("ct_probe.bpf.c")
+    with Switch(compile_object(source, tmp_path_factory.mktemp("bpf") / "ct_probe.bpf.o")) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def ports(loaded_probe: Switch) -> Callable[..., Probe]:
+    """Makes ports on ct_probe.bpf.c: ports(rules, flags=..., limit=...). Each has a slot of its own."""
+    return functools.partial(Probe, loaded_probe)
