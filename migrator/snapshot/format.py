@@ -65,16 +65,14 @@ def digest_of(sealed: bytes) -> bytes:
 
 
 def unseal(sealed: bytes) -> dict[str, Any]:
-    """Fields of a sealed object, without the digest. Raises Corrupt; Incompatible for a newer format's header."""
+    """Fields of a sealed object, without the digest. Raises Corrupt."""
     if len(sealed) > OBJECT_BYTES:
         raise Corrupt(f"an object of {len(sealed)} bytes: at most {OBJECT_BYTES} are taken")
     view = memoryview(sealed)
     tail = bytes(view[-_TAIL:])
     if not tail.startswith(_DIGEST_HEAD) or len(tail) != _TAIL:
-        refuse_foreign(sealed)
         raise Corrupt("the object does not end in its digest", field="digest")
     if xxhash.xxh3_128_digest(view[:-_DIGEST_BYTES]) != tail[-_DIGEST_BYTES:]:
-        refuse_foreign(sealed)
         raise Corrupt("the digest does not match: the bytes were changed on the way", field="digest")
     fields = unpack(sealed)
     if not isinstance(fields, dict):
@@ -83,8 +81,8 @@ def unseal(sealed: bytes) -> dict[str, Any]:
     return fields
 
 
-def refuse_foreign(sealed: bytes) -> None:
-    """Raise Incompatible when `sealed` is the header of another format version, whatever its digest is by then."""
+def refuse_newer(sealed: bytes) -> None:
+    """Raise Incompatible when `sealed` is the header of a newer format version, however that seals its objects."""
     try:
         fields = unpack(sealed)
     except SnapshotError:

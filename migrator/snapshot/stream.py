@@ -12,7 +12,7 @@ import msgpack
 from datapath.registry import KINDS
 from datapath.state.kind import Kind, Table
 from migrator.errors import Corrupt, SnapshotError
-from migrator.snapshot.format import FORMAT_VERSION, MAGIC, OBJECT_BYTES, Fields, seal, unseal
+from migrator.snapshot.format import FORMAT_VERSION, MAGIC, OBJECT_BYTES, Fields, refuse_newer, seal, unseal
 from migrator.snapshot.section import Section, Tally, decode_section, encode_table, known_kind
 
 _U32 = (1 << 32) - 1
@@ -109,6 +109,7 @@ class SnapshotReader:
         with _at(None, offset):
             if MAGIC.encode() not in sealed[:64]:
                 raise Corrupt("this is no snapshot", hint="`migrator checkpoint` writes one")
+            refuse_newer(sealed)
             self.header = _header(Fields(unseal(sealed)))
             for name, info in self.header.kinds.items():
                 if known_kind(name, info.version, optional=info.optional, kinds=kinds) is None:

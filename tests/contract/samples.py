@@ -1,0 +1,152 @@
+"""Records of every kind that tests load, dump, store and compare. A new kind adds its row to SAMPLES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datapath.registry import KINDS
+from datapath.state.conntrack import ASSURED, INBOUND, REPLIED, STATES
+from datapath.state.fdb import STATIC
+from datapath.state.kind import Columns, Op, Record, Table, empty_columns
+
+MAC = "02:00:00:00:00:01"
+PORT_TIME_NS = 3_600_000_000_000
+"""The port's clock in samples: an hour, so that no age reaches before its beginning."""
+
+
+def sample(kind: str, count: int) -> Table:
+    """A table to load with `count` records (one for a port) of `kind`: the same ones each time."""
+    return SAMPLES[kind](count)
+
+
+def port_record(**changes: Any) -> Record:
+    """A port's record with every field, on network `blue`."""
+    return {
+        "mac": MAC,
+        "network": "blue",
+        "addresses": ["10.0.0.5", "2001:db8::5"],
+        "antispoof": True,
+        "learning": False,
+        "trunk": {},
+        "mtu": 1500,
+        "connections_max": 65_536,
+        "learned_max": 64,
+        "timeouts_ms": {"udp": 45_000},
+        "policy": "web",
+        "revision": 7,
+        **changes,
+    }
+
+
+def _port(count: int) -> Table:  # noqa: ARG001
+    return Table("port", records=[port_record()], port_time_ns=PORT_TIME_NS)
+
+
+def _acl(count: int) -> Table:
+    protocols: list[Any] = ["tcp", "udp", "icmp", "any", 47]
+    rules = [
+        {
+            "id": number + 1,
+            "direction": ("to", "from")[number % 2],
+            "priority": 100 + number // 4,
+            "protocol": protocols[number % 5],
+            "remote": [["10.0.0.0/8", "2001:db8::/32"], [], [f"192.0.2.{number % 256}/32"]][number % 3],
+            "ports": [[80, 80], [8000 + number % 1000, 9000]] if number % 5 < 2 else [],
+            "icmp": [8, 0] if number % 5 == 2 else [],
+            "action": ("allow", "drop", "reject")[number % 3],
+            "log": number % 7 == 0,
+            "hits": number * 3,
+            "hit_bytes": number * 300,
+        }
+        for number in range(count)
+    ]
+    return Table("acl", records=rules, port_time_ns=PORT_TIME_NS)
+
+
+def _fdb(count: int) -> Table:
+    columns = empty_columns(KINDS["fdb"], count)
+    numbers = np.arange(count, dtype=">u4")
+    macs = np.zeros((count, 6), dtype="u1")
+    macs[:, 0], macs[:, 1] = 0x06, 0x11
+    macs[:, 2:] = numbers.view("u1").reshape(count, 4)
+    columns["mac"] = macs.view("V6").ravel()
+    columns["flags"][::5] = STATIC
+    columns["age_ns"] = (numbers.astype("<u8") % 200) * 1_000_000_000
+    columns["moves"] = numbers.astype("<u4") % 3
+    return Table("fdb", columns=columns, port_time_ns=PORT_TIME_NS)
+
+
+def _conntrack(count: int) -> Table:
+    random = np.random.default_rng(20_261_123)
+    columns = empty_columns(KINDS["conntrack"], count)
+    numbers = np.arange(count, dtype="<u4")
+    tcp = numbers % 3 != 0
+    columns["laddr"] = _mapped(np.full(count, 0x0A000005, dtype=">u4"))
+    columns["raddr"] = _mapped((0x0B000000 + numbers).astype(">u4"))
+    columns["lport"] = np.where(tcp, 443, 53).astype("<u2")
+    columns["rport"] = random.integers(1024, 65_536, count).astype("<u2")
+    columns["proto"] = np.where(tcp, 6, 17).astype("u1")
+    columns["state"] = np.where(tcp, STATES["ESTABLISHED"], STATES["REPLIED"]).astype("u1")
+    columns["flags"] = np.where(numbers % 2, REPLIED | ASSURED | INBOUND, REPLIED | ASSURED).astype("u1")
+    columns["age_ns"] = random.integers(0, 20_000_000_000, count).astype("<u8")
+    columns["id"] = random.integers(1, 1 << 63, count).astype("<u8")
+    columns["judged"] = np.full(count, 0xABCD1234, dtype="<u4")
+    columns["mark"] = (numbers % 16).astype("<u4")
+    for name in ("packets_from", "packets_to"):
+        columns[name] = random.integers(1, 10_000, count).astype("<u8")
+    for name in ("bytes_from", "bytes_to"):
+        columns[name] = random.integers(64, 10_000_000, count).astype("<u8")
+    return Table("conntrack", columns=columns, port_time_ns=PORT_TIME_NS)
+
+
+def _mapped(addresses: NDArray[Any]) -> NDArray[Any]:
+    """IPv4 addresses (big-endian u4) as v4-mapped V16."""
+    full = np.zeros((len(addresses), 16), dtype="u1")
+    full[:, 10:12] = 0xFF
+    full[:, 12:] = addresses.view("u1").reshape(-1, 4)
+    return full.view("V16").ravel()
+
+
+SAMPLES: dict[str, Callable[[int], Table]] = {"port": _port, "acl": _acl, "fdb": _fdb, "conntrack": _conntrack}
+
+
+# ---- comparing ----
+
+
+def keys_of(table: Table, *, op: Op = Op.DELETE) -> Table:
+    """A table of the same records' keys, to delete them."""
+    kind = KINDS[table.kind]
+    if table.columns is not None:
+        return Table(table.kind, op, columns={name: table.columns[name] for name in kind.key})
+    return Table(table.kind, op, records=[{name: record[name] for name in kind.key} for record in table.records or ()])
+
+
+def normal(tables: list[Table], *, accounting: bool = True) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """Records of `tables` by key, in a form that two hosts' dumps can be compared in.
+
+    An age counts from its table's port time; here it is the port time when the record was seen.
+    """
+    records: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    for table in tables:
+        kind = KINDS[table.kind]
+        rows = _rows(table) if table.columns is not None else [dict(record) for record in table.records or ()]
+        for row in rows:
+            if not accounting:
+                counted = {*kind.accounting, *(name for name, column in kind.columns.items() if column.accounting)}
+                row = {name: value for name, value in row.items() if name not in counted}
+            key = tuple(row[name] for name in kind.key)
+            assert key not in records, f"{table.kind} {key} was dumped twice"
+            records[key] = tuple(sorted((name, repr(value)) for name, value in row.items()))
+    return records
+
+
+def _rows(table: Table) -> list[dict[str, Any]]:
+    columns: Columns = dict(table.columns or {})
+    if "age_ns" in columns:
+        columns["age_ns"] = np.uint64(table.port_time_ns) - columns["age_ns"]
+    lists = {name: array.tolist() for name, array in columns.items()}
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
