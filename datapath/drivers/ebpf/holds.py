@@ -1,0 +1,110 @@
+"""Hold taps: where frames wait that must not go anywhere yet.
+
+Nothing in tc can hold a frame; a tap that nobody reads can. Programs put frames in; `pump` later reads each and writes
+it back to the same descriptor, and the tap's ingress program hands it on as it would have gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pyroute2 import IPRoute
+
+from datapath.drivers.ebpf import devices, tun
+from datapath.drivers.ebpf.keeper import Keeper
+from datapath.drivers.ebpf.maps import Handle
+from datapath.errors import KernelError
+
+QUEUE_LENGTH = 16384  # frames; the tap takes one less
+_LOOK_AGAIN_MS = 1
+
+
+@dataclass(frozen=True)
+class Pump:
+    """What a pump did. `left` is what the counter still shows: 0 unless the deadline passed."""
+
+    passed: int
+    failed: int  # frames that the device did not take back (it was down or gone)
+    left: int
+
+
+class HoldTap(Handle):
+    """One hold tap, made or taken over with the frames in it.
+
+    The device outlives the agent; its frames do as well if a keeper holds the descriptor too.
+    """
+
+    def __init__(self, name: str, keeper: Keeper | None = None) -> None:
+        """Raises FeatureMissing (no tun), KernelError (EBUSY: another process has it; EINVAL: the name is too long)."""
+        if len(name) > tun.NAME_MAX:
+            raise KernelError(f"hold tap {name}", errno.EINVAL, hint=f"names have up to {tun.NAME_MAX} characters")
+        self.name = name
+        self._lock = threading.Lock()
+        self._keeper = keeper
+        kept = keeper.take(name) if keeper else None
+        self.fd = tun.open_tap(name, persist=True) if kept is None else kept
+        self.ifindex = self._set_up()
+        if keeper and kept is None:
+            keeper.keep(name, self.fd)
+
+    def _set_up(self) -> int:
+        devices.quiet(self.name)  # before it is up: the kernel shall send nothing of its own
+        with IPRoute() as route, devices.kernel_errors(f"set up hold tap {self.name}"):
+            route.link("set", ifname=self.name, txqlen=QUEUE_LENGTH, mtu=65521, state="up")
+        made = devices.link(self.name)
+        if made is None:
+            raise KernelError(f"hold tap {self.name}", errno.ENODEV)
+        return made.ifindex
+
+    def pump(self, remaining: Callable[[], int], seconds: float = 5.0) -> Pump:
+        """Give back every frame, in order, also those that join meanwhile, until `remaining()` says 0.
+
+        `remaining` is the port's counter of held frames: it also counts a frame on its way into the tap.
+        """
+        deadline = time.monotonic() + seconds
+        room = bytearray(tun.FRAME_MAX)
+        view = memoryview(room)
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        passed = failed = 0
+        with self._lock:
+            while (left := remaining()) and time.monotonic() < deadline:
+                try:
+                    size = os.readv(self.fd, [room])
+                except BlockingIOError:
+                    poll.poll(_LOOK_AGAIN_MS)
+                    continue
+                try:
+                    os.write(self.fd, view[:size])
+                    passed += 1
+                except OSError:
+                    failed += 1
+        return Pump(passed, failed, left)
+
+    def write(self, frames: Sequence[bytes]) -> int:
+        """Hand frames with vnet header to the tap's ingress program. Returns how many were taken."""
+        with self._lock:
+            return tun.send_all(lambda frame: os.write(self.fd, frame), frames, f"write to hold tap {self.name}")
+
+    def drain(self) -> list[bytes]:
+        """Take the waiting frames out for good, with vnet header."""
+        with self._lock:
+            return list(tun.read_frames(self.fd, tun.VNET_HEADER))
+
+    def destroy(self) -> None:
+        """Delete the device and what waits in it."""
+        if self.fd < 0:
+            return
+        if self._keeper:
+            self._keeper.drop(self.name)
+        with contextlib.suppress(KernelError):
+            tun.release_tap(self.fd)
+        self.close()
+        devices.remove(self.name)
