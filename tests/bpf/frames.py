@@ -28,9 +28,9 @@ def address(text: str) -> bytes:
 
 
 def ethernet(target: str, source: str, kind: int, body: bytes, vlan: int = 0) -> bytes:
-    """At least 60 bytes. `vlan` puts an 802.1Q tag in front."""
-    tag = struct.pack("!HH", VLAN, vlan) if vlan else b""
-    return (mac_bytes(target) + mac_bytes(source) + tag + struct.pack("!H", kind) + body).ljust(60, b"\0")
+    """At least 60 bytes. `vlan` puts an 802.1Q tag in between."""
+    plain = (mac_bytes(target) + mac_bytes(source) + struct.pack("!H", kind) + body).ljust(60, b"\0")
+    return plain[:12] + struct.pack("!HH", VLAN, vlan) + plain[12:] if vlan else plain
 
 
 def checksum(data: bytes) -> int:
@@ -82,3 +82,28 @@ def nd(source: str, kind: int, target: str, option: str, *, sender: str, hops: i
     if option:
         body += struct.pack("!BB", 1 if kind == 135 else 2, 1) + mac_bytes(option)
     return ethernet("33:33:00:00:00:01", sender, IPV6, ipv6(source, "ff02::1", ICMP6, body, hops))
+
+
+def vxlan(identifier: int, mark: int, inner: bytes) -> bytes:
+    """The VXLAN header (RFC 7348), with the group policy extension when there is a mark, and the inner frame."""
+    head = struct.pack("!BBHI", 0x88 if mark else 0x08, 0, mark, identifier << 8)
+    return head + inner
+
+
+def tunnelled(target: str, source: str, ip: tuple[str, str], identifier: int, mark: int, inner: bytes) -> bytes:
+    """An outer frame from ip[0] to ip[1]."""
+    body = udp(50000, 4789, vxlan(identifier, mark, inner))
+    if ":" in ip[0]:
+        return ethernet(target, source, IPV6, ipv6(*ip, UDP, body))
+    return ethernet(target, source, IPV4, ipv4(*ip, UDP, body))
+
+
+def untunnelled(frame: bytes) -> tuple[str, int, int, bytes]:
+    """(outer destination, id, mark, inner frame) of what tunnelled() makes."""
+    if frame[12:14] == b"\x86\xdd":
+        target, start = socket.inet_ntop(socket.AF_INET6, frame[38:54]), 14 + 40
+    else:
+        target, start = socket.inet_ntoa(frame[30:34]), 14 + 20
+    assert frame[start + 2 : start + 4] == struct.pack("!H", 4789)
+    flags, _, mark, identifier = struct.unpack_from("!BBHI", frame, start + 8)
+    return target, identifier >> 8, mark if flags & 0x80 else 0, frame[start + 16 :]

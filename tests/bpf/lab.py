@@ -17,12 +17,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from .frames import mac_bytes
+from .frames import address, mac, mac_bytes
 from .harness import Switch
 from .model import MODEL
+from .ring import Ring
 from .sysbpf import TCX_EGRESS, TCX_INGRESS, tcx_attach
 
 DEADLINE_S = 5.0
+UNDERLAY_MAC = 0x500
+UNDERLAY = ("192.0.2.1", "192.0.2.2")  # own, far
+UNDERLAY6 = ("2001:db8:1::1", "2001:db8:1::2")
 _CLONE_NEWNET = 0x40000000
 _ETH_P_ALL = 3
 _SOL_PACKET, _PACKET_AUXDATA, _PACKET_OUTGOING = 263, 8, 4
@@ -154,11 +158,21 @@ class Lab:
         link = tcx_attach(self.switch.programs[program], ifindex, hook)
         self._stack.callback(os.close, link)
 
-    def veth(self, mac: str = "") -> tuple[int, Wire]:
+    def veth(self, own_mac: str = "") -> tuple[int, Wire]:
         """A pair: ifindex of the switch's end, and its far end."""
         self._count += 1
         near, far = f"near{self._count}", f"far{self._count}"
-        arguments = ["link", "add", near, *(["address", mac] if mac else []), "type", "veth", "peer", "name", far]
+        arguments = [
+            "link",
+            "add",
+            near,
+            *(["address", own_mac] if own_mac else []),
+            "type",
+            "veth",
+            "peer",
+            "name",
+            far,
+        ]
         _ip(*arguments)
         for name in (near, far):
             _ip("link", "set", name, "up")
@@ -177,22 +191,22 @@ class Lab:
         self.switch.put("devices", tap.ifindex, MODEL.device(slot=slot, role=role))
         return tap
 
-    def port(self, slot: int, mac: str, **fields: int) -> Wire:
+    def port(self, slot: int, own_mac: str, **fields: int) -> Wire:
         """An active, open port without policy on network 1. Fields of struct port, and `state`, `flags`, `epoch`."""
         ifindex, wire = self.veth()
         self.attach("from_port", ifindex, TCX_INGRESS)
         self.attach("to_port", ifindex, TCX_EGRESS)
         self.switch.put("devices", ifindex, MODEL.device(slot=slot, role=MODEL.DEVICE_PORT))
-        self.set_port(slot, mac, ifindex=ifindex, **fields)
+        self.set_port(slot, own_mac, ifindex=ifindex, **fields)
         return wire
 
-    def set_port(self, slot: int, mac: str, **fields: int) -> None:
+    def set_port(self, slot: int, own_mac: str, **fields: int) -> None:
         state = fields.pop("state", MODEL.PORT_ACTIVE)
         flags = fields.pop("flags", MODEL.PORT_F_STATELESS)
         epoch = fields.pop("epoch", 1)
         fields = {"network": 1, "gate": MODEL.GATE_LOCAL, "learned_max": 16} | fields
         word = epoch << 32 | flags << 8 | state
-        port = MODEL.port(word=word, slot=slot, mac=(ctypes.c_uint8 * 6)(*mac_bytes(mac)), **fields)
+        port = MODEL.port(word=word, slot=slot, mac=(ctypes.c_uint8 * 6)(*mac_bytes(own_mac)), **fields)
         self.switch.put("ports", slot, port)
 
     def change_port(self, slot: int, **fields: int) -> None:
@@ -201,6 +215,39 @@ class Lab:
             setattr(port, name, value)
         self.switch.put("ports", slot, port)
 
+    def uplink(self, own_mac: str) -> tuple[int, Wire]:
+        """A physical interface: its ifindex, and the network behind it."""
+        ifindex, wire = self.veth(own_mac)
+        self.attach("from_uplink", ifindex, TCX_INGRESS)
+        return ifindex, wire
+
+    def vlan(self, uplink: int, vid: int, network: int) -> None:
+        self.switch.put("uplinks", MODEL.uplink_key(ifindex=uplink, vid=vid), network)
+
+    def tunnel(self) -> Wire:
+        """The vxlan device over an underlay of its own, this host at UNDERLAY. Returns the underlay's wire."""
+        ifindex, wire = self.veth(mac(UNDERLAY_MAC))
+        near = self._underlay = socket.if_indextoname(ifindex)
+        Path(f"/proc/sys/net/ipv6/conf/{near}/disable_ipv6").write_text("0")
+        Path(f"/proc/sys/net/ipv6/conf/{near}/accept_dad").write_text("0")
+        for own, far in (UNDERLAY, UNDERLAY6):
+            _ip("addr", "add", f"{own}/64" if ":" in own else f"{own}/24", "dev", near)
+            self.neighbour(far)
+        _ip("link", "add", "vx", "type", "vxlan", "external", "gbp", "dstport", "4789", "udp6zerocsumrx")
+        _ip("link", "set", "vx", "up")
+        tunnel = socket.if_nametoindex("vx")
+        self.attach("from_tunnel", tunnel, TCX_INGRESS)
+        self.switch.put("settings", 0, MODEL.settings(tunnel=tunnel, mtu=1500))
+        return wire
+
+    def neighbour(self, far: str) -> None:
+        """Another host on the underlay; its frames leave by the same wire."""
+        _ip("neigh", "replace", far, "lladdr", mac(UNDERLAY_MAC + 1), "dev", self._underlay)
+
+    def host(self, number: int, text: str) -> None:
+        self.switch.put("hosts", number, address(text))
+        self.switch.put("host_index", address(text), number)
+
     def network(self, number: int, members: list[tuple[int, int, int]] | None = None, **fields: int) -> None:
         """A network; members of its flood list as (kind, target, vlan)."""
         self.switch.put("networks", number, MODEL.network(**({"kind": MODEL.NETWORK_LOCAL} | fields)))
@@ -208,13 +255,13 @@ class Lab:
         for index, (kind, target, vlan) in enumerate(members or []):
             flood.update(struct.pack("=I", index), bytes(MODEL.member(kind=kind, target=target, vlan=vlan)))
 
-    def place(self, mac: str, kind: int, target: int, *, network: int = 1, flags: int = 0, vlan: int = 0) -> None:
+    def place(self, where: str, kind: int, target: int, *, network: int = 1, flags: int = 0, vlan: int = 0) -> None:
         entry = MODEL.l2_entry(kind=kind, flags=flags, target=target, vlan=vlan)
-        self.switch.put("l2", self._l2_key(mac, network), entry)
+        self.switch.put("l2", self._l2_key(where, network), entry)
 
-    def placed(self, mac: str, network: int = 1) -> tuple[int, int] | None:
+    def placed(self, where: str, network: int = 1) -> tuple[int, int] | None:
         """(kind, target) of the L2 entry."""
-        value = self.switch.maps["l2"].lookup(self._l2_key(mac, network))
+        value = self.switch.maps["l2"].lookup(self._l2_key(where, network))
         entry = None if value is None else MODEL.l2_entry.from_buffer_copy(value)
         return None if entry is None else (entry.kind, entry.target)
 
@@ -238,5 +285,11 @@ class Lab:
         return [MODEL.counters.from_buffer_copy(raw, offset) for offset in range(0, len(raw), size)]
 
     @staticmethod
-    def _l2_key(mac: str, network: int) -> bytes:
-        return struct.pack("=I6sH", network, mac_bytes(mac), 0)
+    def _l2_key(where: str, network: int) -> bytes:
+        return struct.pack("=I6sH", network, mac_bytes(where), 0)
+
+    def ring(self) -> Ring:
+        events = self.switch.maps["events"]
+        ring = Ring(events.fd, events.max_entries)
+        self._stack.callback(ring.close)
+        return ring

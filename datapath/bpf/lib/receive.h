@@ -124,7 +124,7 @@ static __always_inline int receive(struct __sk_buff *skb, __u32 slot, __u32 path
 	vid = vlan_id(skb);
 	network = receive_network(skb, port, vid);
 	if (!network)
-		return drop_at(skb, port, FROM_GUEST, vid ? DROP_VLAN : DROP_NO_NETWORK);
+		return drop_at(skb, port, FROM_GUEST, vid || vlan_tagged(skb) ? DROP_VLAN : DROP_NO_NETWORK);
 	if (!mark_take(skb)) /* marked: the switch's own answer for the guest, a reject */
 		reason = receive_check(skb, port, network, vid);
 	if (reason)

@@ -15,6 +15,7 @@
 #include "l2.h"
 #include "maps.h"
 #include "packet.h"
+#include "tunnel.h"
 
 #define ARP_ETHERNET   1 /* hardware type */
 #define DHCP_SERVER    67
@@ -160,7 +161,9 @@ static __always_inline int spoof_ipv6(struct __sk_buff *skb, struct port *port, 
 {
 	int reason = DROP_NONE;
 
-	if (addr_is_zero(pkt->laddr))
+	if (addr_is_v4(pkt->laddr)) /* RFC 4291, 2.5.5.2: not on a wire; here it would pass for the IPv4 address */
+		reason = DROP_SPOOF_ADDRESS;
+	else if (addr_is_zero(pkt->laddr))
 		reason = spoof_ipv6_unspecified(pkt);
 	else if (!addr_is_link_local(pkt->laddr) && !spoof_address_owned(port->slot, pkt->laddr))
 		reason = DROP_SPOOF_ADDRESS;

@@ -62,7 +62,8 @@ __noinline int tunnel_send(struct __sk_buff *skb, __u32 host, __u32 id, __u32 ma
 	}
 	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags))
 		return TC_ACT_SHOT;
-	if (mark && bpf_skb_set_tunnel_opt(skb, &mark, sizeof(mark)))
+	/* also mark 0: without options the device sends what lies on its stack (seen on 6.18) */
+	if (bpf_skb_set_tunnel_opt(skb, &mark, sizeof(mark)))
 		return TC_ACT_SHOT;
 	result = send_to(skb, set->tunnel, path);
 	if (!sent(result, path))

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Tags: access ports have none, trunk ports have those of `trunks`, uplinks those of their networks."""
+
+from __future__ import annotations
+
+import pytest
+
+from .frames import BROADCAST, SERVICE_VLAN, VLAN, datagram, ethernet, mac
+from .lab import Lab, wait_for
+from .model import MODEL
+
+A, B, C = mac(1), mac(2), mac(3)
+TRUNK = MODEL.PORT_F_STATELESS | MODEL.PORT_F_TRUNK
+
+
+def trunk(lab: Lab, slot: int, vid: int, network: int) -> None:
+    lab.switch.put("trunks", MODEL.trunk_key(slot=slot, vid=vid), network)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        datagram(B, A, vlan=7),
+        ethernet(B, A, SERVICE_VLAN, b"\0\x07\x08\0"),
+        ethernet(B, A, VLAN, b"\0\0\x81\0\0\x07\x08\0"),
+    ],
+    ids=["tagged", "service tag", "tag behind a priority tag"],
+)
+def test_an_access_port_may_not_tag(lab: Lab, frame: bytes) -> None:
+    lab.network(1)
+    a, b = lab.port(1, A), lab.port(2, B)
+    lab.place(B, MODEL.L2_PORT, 2)
+    a.send(frame)
+    wait_for(lambda: lab.drops(1) == {MODEL.DROP_VLAN: 1}, "drop counted")
+    assert b.waiting() == []
+
+
+def test_a_priority_tag_is_taken_off(lab: Lab) -> None:
+    lab.network(1)
+    a, b = lab.port(1, A), lab.port(2, B)
+    lab.place(B, MODEL.L2_PORT, 2)
+    plain = datagram(B, A)
+    a.send(plain[:12] + b"\x81\0\xe0\0" + plain[12:])
+    assert b.receive() == plain
+
+
+def test_a_trunk_port_is_on_the_network_of_its_tag(lab: Lab) -> None:
+    for network in (1, 2):
+        lab.network(network, [(MODEL.L2_PORT, 1, 7 if network == 2 else 0), (MODEL.L2_PORT, network + 1, 0)])
+    a = lab.port(1, A, flags=TRUNK)
+    b, c = lab.port(2, B), lab.port(3, C, network=2)
+    trunk(lab, 1, 7, 2)
+    a.send(datagram(C, A, b"tagged", vlan=7))
+    assert c.receive() == datagram(C, A, b"tagged")
+    c.send(datagram(A, C, b"answer"))
+    assert a.receive() == datagram(A, C, b"answer", vlan=7)
+    c.send(datagram(BROADCAST, C, b"flooded"))
+    assert a.receive() == datagram(BROADCAST, C, b"flooded", vlan=7)
+    a.send(datagram(B, A, b"plain"))
+    assert b.receive() == datagram(B, A, b"plain")
+    assert c.waiting() == b.waiting() == []
+    assert lab.placed(A, 1) == lab.placed(A, 2) == (MODEL.L2_PORT, 1)
+
+
+def test_a_trunk_port_may_use_no_other_tag(lab: Lab) -> None:
+    lab.network(1)
+    a, b = lab.port(1, A, flags=TRUNK), lab.port(2, B)
+    lab.place(B, MODEL.L2_PORT, 2)
+    trunk(lab, 1, 7, 1)
+    trunk(lab, 2, 8, 1)
+    a.send(datagram(B, A, vlan=8))
+    wait_for(lambda: lab.drops(1) == {MODEL.DROP_VLAN: 1}, "drop counted")
+    a.send(datagram(B, A, vlan=7))
+    assert b.receive() == datagram(B, A)
+    assert b.waiting() == []
+
+
+def test_flooding_tags_each_copy_for_its_member_alone(lab: Lab) -> None:
+    uplink, outside = lab.uplink(mac(0x99))
+    lab.network(
+        1,
+        [
+            (MODEL.L2_PORT, 2, 5),
+            (MODEL.L2_UPLINK, uplink, 0),
+            (MODEL.L2_PORT, 3, 0),
+        ],
+        kind=MODEL.NETWORK_UPLINK,
+        uplink=uplink,
+        vid=100,
+    )
+    a, b, c = lab.port(1, A), lab.port(2, B, flags=TRUNK), lab.port(3, C)
+    a.send(datagram(BROADCAST, A))
+    assert b.receive() == datagram(BROADCAST, A, vlan=5)
+    assert outside.receive() == datagram(BROADCAST, A, vlan=100)
+    assert c.receive() == datagram(BROADCAST, A)
