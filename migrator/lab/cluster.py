@@ -39,12 +39,12 @@ class Cluster(Lab):
         hosts: Sequence[str] = ("h1", "h2", "h3"),
         networks: Sequence[Mapping[str, Any]] = (),
         driver_options: Mapping[str, Any] | None = None,
-        agent_options: Mapping[str, Any] | None = None,
+        migration_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(hosts)
         self.networks = networks
         self.driver_options = dict(driver_options or {})
-        self.agent_options = dict(agent_options or {})
+        self.migration_options = dict(migration_options or {})
         self.agents: dict[str, Daemon] = {}
         self.coordinator: Daemon
         self.channels: dict[str, grpc.Channel] = {}
@@ -82,7 +82,8 @@ class Cluster(Lab):
     def _coordinator_config(self) -> dict[str, Any]:
         return {
             "coordinator": {
-                "listen": [f"{self.underlay('control')}:{COORDINATOR_PORT}", f"unix:{self._coordinator_socket()}"],
+                "listen": f"{self.underlay('control')}:{COORDINATOR_PORT}",
+                "socket": str(self._coordinator_socket()),
                 "state_dir": str(self.directory / "control"),
             }
         }
@@ -97,7 +98,6 @@ class Cluster(Lab):
                 "advertise": f"{self.underlay(host)}:{PEER_PORT}",
                 "socket": str(base / "agent.sock"),
                 "state_dir": str(base / "state"),
-                **self.agent_options,
             },
             "driver": {
                 "name": "ebpf",
@@ -110,6 +110,7 @@ class Cluster(Lab):
                 **self.driver_options,
             },
             "guests": {"driver": "process", "directory": str(base / "guests")},
+            "migration": self.migration_options,
         }
 
     def _coordinator_socket(self) -> Path:
@@ -178,6 +179,13 @@ class Cluster(Lab):
         self.apply(ports=[message for machine in machines for message in port_messages(machine)])
         for machine in machines:
             wait_until(f"the ports of {machine.name} are open", partial(self.is_open, machine, machine.host), timeout_s)
+
+    def withdraw(self, *machines: Machine) -> None:
+        """Take machines' ports out of the cluster."""
+        for machine in machines:
+            for port in machine.ports:
+                removal = pb.Removal(sort="port", name=f"{machine.uuid}/{port.mac}")
+                self.coordinator_stub().Remove(removal, timeout=10)
 
     def is_open(self, machine: Machine, host: str) -> bool:
         """All ports of a machine are active on a host."""
@@ -252,7 +260,7 @@ def port_messages(machine: Machine) -> list[dict[str, Any]]:
             "host": machine.host,
             "device": port.device,
             "devices": dict(port.devices),
-            "addresses": list(port.addresses),
+            "addresses": [*port.addresses, *port.silent],
             "policy": machine.policy,
             "mtu": port.mtu,
             "timeouts_ms": dict(machine.timeouts_ms),

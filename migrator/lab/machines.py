@@ -27,6 +27,7 @@ class Port:
     device: str = ""  # where it has the same name everywhere
     devices: Mapping[str, str] = field(default_factory=dict)  # host -> device
     mtu: int = 1500
+    silent: tuple[str, ...] = ()  # addresses it may use but its kernel does not have: nothing answers by itself
 
 
 @dataclass
@@ -83,6 +84,16 @@ def add_peer(lab: Lab, name: str, host: str, port: Port, **fields: Any) -> Machi
     netns.ip_batch(lab.name(name), [f"link set {GUEST_DEVICE} address {port.mac} mtu {port.mtu} up"])
     _configure(lab, name, [port])
     return Machine(lab, name, host, [port], **fields)
+
+
+def add_outsider(lab: Lab, name: str, port: Port) -> Machine:
+    """A namespace on the fabric itself, untagged: a machine that no switch of ours knows."""
+    lab.namespace(name)
+    lab.wire("fabric", name, name, GUEST_DEVICE)
+    netns.ip_batch(lab.name("fabric"), [f"link set {name} master br0 mtu {port.mtu} up"])
+    netns.ip_batch(lab.name(name), [f"link set {GUEST_DEVICE} address {port.mac} mtu {port.mtu} up"])
+    _configure(lab, name, [port])
+    return Machine(lab, name, "", [port])
 
 
 def add_vm(

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from migrator.lab import netns
 from migrator.lab.processes import Worker
@@ -36,7 +36,7 @@ class Lab:
         self.directory = Path()
         self.workers: list[Worker] = []
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> Self:
         netns.sweep()
         with contextlib.ExitStack() as undo:
             self.stack = undo

@@ -69,6 +69,14 @@ class Vnic:
         for nic in self.nics:
             nic.give_kept(here=came_back)
             self.loop.watch(nic.guest, partial(nic.copy_out, host, self.buffer))
+            self.loop.watch(nic.host[host], partial(self._first, nic, host))
+
+    def _first(self, nic: Nic, host: str) -> None:
+        """The first frames after a start: when they came is what a switchover took."""
+        before = nic.to_guest
+        nic.copy_in(host, self.buffer)
+        if nic.to_guest > before:
+            self.machine.times["first_frame"] = time.monotonic()
             self.loop.watch(nic.host[host], partial(nic.copy_in, host, self.buffer))
 
     def halt(self, host: str, *, swallow: bool) -> None:

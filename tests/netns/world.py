@@ -58,7 +58,7 @@ class ClusterBox:
         if self.dirty:
             self.close()
         if self.cluster is None:
-            self.cluster = Cluster(networks=NETWORKS, agent_options={"redirect_idle_s": 1.0}).__enter__()
+            self.cluster = Cluster(networks=NETWORKS, migration_options={"redirect_idle_s": 1.0}).__enter__()
             self.cluster.apply(policies=POLICIES)
         return self.cluster
 
@@ -101,7 +101,8 @@ class World:
         n = next(self._numbers)
         mtu = next(x.get("mtu", 1500) for x in NETWORKS if x["name"] == network)
         addresses = (f"10.1.{n >> 8}.{n & 255}", f"fd00:1::{n:x}")
-        return f"{sort}{n}", Port(f"02:00:00:00:{n >> 8:02x}:{n & 255:02x}", network, addresses, mtu=mtu)
+        silent = (f"10.1.{128 + (n >> 8)}.{n & 255}", f"fd00:1::1:{n:x}")
+        return f"{sort}{n}", Port(f"02:00:00:00:{n >> 8:02x}:{n & 255:02x}", network, addresses, mtu=mtu, silent=silent)
 
     def _declared(self, machine: Machine) -> Machine:
         self.machines.append(machine)
@@ -131,10 +132,7 @@ class World:
 
     def leave_nothing(self) -> None:
         """Remove what was made; then every host must look as one that never saw it, and no log may complain."""
-        for machine in self.machines:
-            for port in machine.ports:
-                removal = pb.Removal(sort="port", name=f"{machine.uuid}/{port.mac}")
-                self.cluster.coordinator_stub().Remove(removal, timeout=10)
+        self.cluster.withdraw(*self.machines)
         for worker in self.cluster.workers:
             worker.close()
         self.cluster.workers.clear()

@@ -5,7 +5,8 @@
     receive {address, port}                                 count what comes, by flow
     send {flow, address, port, every_ms, protocol}          numbers to an address; protocol "udp" (default) or "icmp"
     stop {flow}                                             no more; how many were sent
-    report                                                  of all flows received (or answered)
+    sending {flow}                                          how many were sent so far
+    report {below}                                          of all flows received (or answered), up to a number
     timeline {since}                                        times (CLOCK_MONOTONIC) of what was sent and of what came
 
 A number is answered when its answer is seen; the network between is all that can lose it: sockets are large.
@@ -51,11 +52,12 @@ class Arrivals:
         self.newest = max(self.newest, number)
         self.times.append(time.monotonic())
 
-    def report(self) -> Message:
-        missing = [n for n in range(self.newest + 1) if not self.seen[n]]
+    def report(self, below: int | None = None) -> Message:
+        newest = self.newest if below is None else min(self.newest, below - 1)
+        missing = [n for n in range(newest + 1) if not self.seen[n]]
         return {
-            "received": self.newest + 1 - len(missing),
-            "newest": self.newest,
+            "received": newest + 1 - len(missing),
+            "newest": newest,
             "missing": missing[:200],
             "missing_count": len(missing),
             "doubled": self.doubled,
@@ -89,7 +91,8 @@ class Probe:
             "receive": self.receive,
             "send": self.send,
             "stop": self.stop,
-            "report": lambda _: {"flows": {str(flow): a.report() for flow, a in self.flows.items()}},
+            "sending": lambda order: {"sent": self.senders[order["flow"]].sent},
+            "report": self.report,
             "timeline": self.timeline,
         }
 
@@ -124,6 +127,9 @@ class Probe:
         sender = self.senders[order["flow"]]
         sender.running = False
         return {"sent": sender.sent, "failed": sender.failed}
+
+    def report(self, order: Message) -> Message:
+        return {"flows": {str(flow): arrivals.report(order.get("below")) for flow, arrivals in self.flows.items()}}
 
     def timeline(self, order: Message) -> Message:
         since = order.get("since", 0.0)

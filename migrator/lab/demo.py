@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""`migrator demo`: a VM moves between two hosts under traffic, first without its network state, then with it.
+
+Everything runs in network namespaces of this machine and is gone at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from migrator._pb import migrator_pb2 as pb
+from migrator.lab import outcome, plot
+from migrator.lab.cluster import Cluster
+from migrator.lab.scene import NETWORK, POLICY, SAMPLE_S, Scene
+
+CONNECTIONS = 1000
+ENTRIES = 100_000
+LEAD_S = 1.5  # traffic before a move and after it, for the picture
+LOST_AFTER_S = 6.0  # a connection that is silent for so long is lost
+PARTS = ("held", "drained", "committed", "resumed", "open")
+
+
+@dataclass
+class Move:
+    """What one move did: one column of the table, one object of the JSON."""
+
+    source: str
+    destination: str
+    outcome: str
+    connections_total: int
+    connections_lost: int
+    bytes_verified: int
+    probes_sent: int
+    probes_lost: int
+    frames_duplicated: int
+    entries_moved: int
+    rounds: int
+    switchover_ms: float  # guest stopped -> first frame judged and delivered at the destination
+    snapshot_bytes: int
+    checkpoint_entries_per_s: float
+    restore_entries_per_s: float
+    times_ms: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def main(
+    *, as_json: bool = False, plot_file: Path | None = None, connections: int = CONNECTIONS, entries: int = ENTRIES
+) -> int:
+    """Run it, print the table (or one JSON object); 0 when nothing was lost with state and much without."""
+    console = Console(stderr=as_json)
+    network = {"name": NETWORK, "kind": "uplink", "vlan": 0, "uplink": "up0"}
+    console.print(f"two hosts, one VM, {connections} connections, {entries} background entries, default-drop policy")
+    with Cluster(("h1", "h2"), [network], migration_options={"redirect_idle_s": 1.0}) as cluster:
+        cluster.apply(policies=[POLICY])
+        console.print("moving without state …")
+        without, bare = _run(cluster, 1, ["h2"], connections, entries, without_state=True)
+        console.print("moving with state, there and back …")
+        with_state, full = _run(cluster, 2, ["h2", "h1"], connections, entries, without_state=False)
+    if plot_file:
+        plot.write(plot_file, [bare, full])
+    if as_json:
+        print(json.dumps({"without_state": asdict(without[0]), "with_state": [asdict(move) for move in with_state]}))
+    else:
+        outcome.show(console, without[0], with_state)
+    return 0 if outcome.convincing(without[0], with_state) else 1
+
+
+def _run(
+    cluster: Cluster, number: int, route: list[str], connections: int, entries: int, *, without_state: bool
+) -> tuple[list[Move], plot.Panel]:
+    """One VM along a route."""
+    with cluster.scope():
+        scene = Scene(cluster, connections, entries)
+        scene.begin(number)
+        begin = time.monotonic()
+        scene.watch(LEAD_S)
+        moves, stops = [], []
+        for destination in route:
+            moves.append(_move(scene, destination, without_state=without_state))
+            stops.append(scene.vm.order("status")["times"]["stopped"] - begin)
+            scene.watch(LEAD_S)
+        panel = _panel(scene, begin, stops, route, without_state=without_state)
+        cluster.withdraw(scene.vm)
+    return moves, panel
+
+
+def _move(scene: Scene, destination: str, *, without_state: bool) -> Move:
+    source = scene.vm.place()
+    before = scene.probe_counts()
+    report, times = scene.move(destination, without_state=without_state)
+    checked = scene.check(LOST_AFTER_S)
+    after = scene.probe_counts()
+    size, checkpoint_s = scene.checkpoint(destination)
+    moved = sum(report.moved.values())
+    return Move(
+        source,
+        destination,
+        report.outcome,
+        checked["total"],
+        checked["lost"],
+        checked["bytes"],
+        after["sent"] - before["sent"],
+        after["lost"] - before["lost"],
+        after["doubled"] - before["doubled"],
+        moved,
+        report.rounds,
+        (times.get("first_frame", 0.0) - times["stopped"]) * 1e3,
+        size,
+        scene.tracked(destination) / checkpoint_s,
+        _restore_rate(report),
+        _parts(report, times),
+        list(report.warnings),
+    )
+
+
+def _parts(report: pb.Migration, times: dict[str, float]) -> dict[str, float]:
+    """The switchover's parts as the agents measured them, and how long the hypervisor itself took to resume."""
+    parts = {name: round(value, 3) for name, value in sorted(report.times_ms.items())}
+    parts["guest stopped"] = round((times["resumed"] - times["stopped"]) * 1e3, 3)
+    return parts
+
+
+def _restore_rate(report: pb.Migration) -> float:
+    """Records that the destination loaded in a second of loading; 0 when it did not say."""
+    loading = report.times_ms.get("load", 0.0)
+    return float(sum(report.moved.values()) / loading * 1e3) if loading else 0.0
+
+
+def _panel(scene: Scene, begin: float, stops: list[float], route: list[str], *, without_state: bool) -> plot.Panel:
+    sent, came = scene.probe_times()
+    end = scene.samples[-1].time - begin
+    slots = [n * SAMPLE_S for n in range(int(end / SAMPLE_S))]
+
+    def share(slot: float) -> float:
+        due = sum(slot <= t - begin < slot + SAMPLE_S for t in sent)
+        return min(1.0, sum(slot <= t - begin < slot + SAMPLE_S for t in came) / due) if due else 1.0
+
+    return plot.Panel(
+        "without state: every connection dies" if without_state else "with state",
+        [s.time - begin for s in scene.samples],
+        [s.alive for s in scene.samples],
+        scene.connections,
+        slots,
+        [share(slot) for slot in slots],
+        [(s, f"moved to {d}") for s, d in zip(stops, route, strict=True)],
+    )
