@@ -1,0 +1,303 @@
+"""The destination's end of a migration: carries out what its machine says."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Protocol
+
+from datapath.provider import PortRef
+from datapath.state.kind import Op
+from migrator import announce
+from migrator._pb import migrator_pb2 as pb
+from migrator.agent import orders
+from migrator.agent.end import End, Surroundings
+from migrator.agent.loading import Arrival
+from migrator.agent.quiet import QUIET
+from migrator.agent.report import Report
+from migrator.errors import Corrupt, MigrationError, PreflightFailed
+from migrator.lifecycle import destination as machine
+from migrator.lifecycle import destination_words as words
+from migrator.lifecycle.destination_words import Phase
+from migrator.lifecycle.machine import Action, Event, Role
+from migrator.snapshot import decode_section
+
+ANNOUNCE_S = (0.0, 0.05, 0.15)  # pauses before each announcement: 0, 50 and 200 ms after the ports have opened
+LEASED = frozenset(Phase) - {Phase.STAGING, Phase.OPENING, Phase.OPEN, *words.OVER}
+
+
+class ToSource(Protocol):
+    """The way back to the source, while its stream is up."""
+
+    def send(self, message: pb.FromDestination) -> None: ...
+
+
+class DestinationEnd(End):
+    """One VM on its way here. `order` is the coordinator's; `answer` is given why it is refused, "" when it is not."""
+
+    role = Role.DESTINATION
+
+    def __init__(
+        self, around: Surroundings, order: pb.PrepareDestination, state: machine.State, answer: Callable[[str], None]
+    ) -> None:
+        report = Report(order.migration, order.vm, order.epoch, order.source, around.host)
+        self.need = orders.need_of(order.need)
+        refs = [PortRef(order.vm, str(record["mac"]), order.epoch) for record in self.need.records]
+        self.order = order
+        self.arrival = Arrival(around.driver, refs, report)
+        self._answer = answer
+        self._source: ToSource | None = None
+        self._asking: list[asyncio.Future[pb.MoveState]] = []
+        super().__init__(around, report, refs, state)
+
+    def _step(self, event: Event) -> tuple[Any, tuple[Action, ...]]:
+        return machine.step(self.state, event)
+
+    def _failure(self, reason: str) -> Event:
+        return words.Failed(reason)
+
+    def _timeout(self) -> Event:
+        return words.Timeout(self.state.phase)
+
+    def _facts(self) -> dict[str, Any]:
+        return {"order": self.order.SerializeToString().hex()}
+
+    def _deadline_s(self) -> float | None:
+        settings = self.around.settings
+        return {
+            Phase.STAGED: settings.staged_s,
+            Phase.LOADING: None,
+            Phase.WAITING: settings.last_changes_s,
+            Phase.OPEN: settings.settle_s * 2,
+        }.get(self.state.phase, settings.step_s)
+
+    @property
+    def over(self) -> bool:
+        return self.state.phase in words.OVER
+
+    @property
+    def leased(self) -> bool:
+        return self.state.phase in LEASED
+
+    def _handlers(self) -> Mapping[type[Action], Callable[[Any], Coroutine[Any, Any, None]]]:
+        return {
+            words.Stage: self._stage,
+            words.Accept: self._accept,
+            words.Refuse: self._refuse,
+            words.SendReady: self._send_ready,
+            words.Commit: self._commit,
+            words.SendCommitted: self._send_committed,
+            words.SendFailed: self._send_failed,
+            words.Open: self._open,
+            words.SendOpened: self._send_opened,
+            words.OpenBroadcast: self._open_broadcast,
+            words.CloseAccounts: self._close_accounts,
+            words.SendSettled: self._send_settled,
+            words.Purge: self._purge,
+            words.Answer: self._answer_source,
+            words.Tell: self._tell,
+        }
+
+    # ---- what the source sends (called by the peer service, one message at a time) ----
+
+    def attach(self, source: ToSource) -> None:
+        self._source = source
+        self.post(words.Begun())
+
+    def detach(self, source: ToSource) -> None:
+        if self._source is source:
+            self._source = None
+            self.post(words.PeerLost())
+
+    async def receive(self, message: pb.FromSource) -> None:
+        """Apply one message; the next is read when this is done. Raises Error for what cannot be applied."""
+        which = message.WhichOneof("message")
+        if which == "section":
+            await self.call(self._load, message.section)
+        elif which == "round_end":
+            end = message.round_end
+            self.arrival.check(end.round, end.records, end.digest)
+            self.report.rounds = end.round + 1
+            done = pb.RoundDone(round=end.round, loaded=self.arrival.loaded, rejected=dict(self.report.not_moved))
+            self._send(pb.FromDestination(round_done=done))
+        elif which == "final":
+            QUIET.begin(self.name)
+            self.report.mark("final")
+            self.arrival.check(message.final.round, message.final.records, message.final.digest)
+            if self.order.strict and self.report.not_moved:
+                raise MigrationError(f"strict: not moved: {dict(self.report.not_moved)}")
+            self.post(words.FinalReceived())
+        elif which == "restart":
+            await self.call(self._stage_again)
+        elif which == "redirecting":
+            self.post(words.Redirecting())
+        elif which == "settle_end":
+            self.post(words.SettleEnd())
+        elif which == "abort":
+            self.post(words.SourceAborted(message.abort.reason))
+        else:
+            raise Corrupt(f"a message {which!r} is not expected here")
+
+    def _load(self, sealed: bytes) -> None:
+        section = decode_section(sealed)
+        settled = self.state.phase in {Phase.OPEN, Phase.SETTLED}
+        if section.op is not Op.ACCOUNT and self.state.phase not in {Phase.LOADING, Phase.WAITING}:
+            return  # too late: the ports have opened with what there was
+        if section.op is Op.ACCOUNT and not settled:
+            raise Corrupt("accounting before the switchover")
+        self.arrival.load(section)
+
+    # ---- actions ----
+
+    async def _stage(self, _: words.Stage) -> None:
+        await self.call(self._stage_all)
+        self.post(words.Staged())
+
+    def _stage_all(self) -> None:
+        reasons = self.driver.probe(self.need)
+        if reasons:
+            host = self.around.host
+            raise PreflightFailed(f"host {host} cannot take the VM", hint="nothing has changed", reasons=reasons)
+        self._stage_ports()
+
+    def _stage_ports(self) -> None:
+        for ref, record in zip(self.refs, self.need.records, strict=True):
+            self.driver.stage(ref, record, self.order.devices.get(ref.mac, ""))
+            self.driver.set_lease(ref, self.around.settings.lease_s)
+            self.driver.accept_redirect(ref, self.order.channel, self.order.source)
+
+    def _stage_again(self) -> None:
+        if self.state.phase is Phase.LOADING:
+            self._purge_all()
+            self._stage_ports()
+            self.arrival.restart()
+
+    async def _accept(self, _: words.Accept) -> None:
+        self._answer("")
+
+    async def _refuse(self, action: words.Refuse) -> None:
+        self._answer(action.reason)
+
+    async def _send_ready(self, _: words.SendReady) -> None:
+        self._send(pb.FromDestination(ready=pb.Empty()))
+        if self.state.phase in {Phase.OPEN, Phase.SETTLED}:
+            self._send(pb.FromDestination(opened=self._opened()))
+
+    async def _commit(self, _: words.Commit) -> None:
+        began = time.monotonic()
+        await self.call(self._commit_all)
+        self.report.lasted("commit", began)
+        self.post(words.CommitDone())
+        self.guests.committed(self.vm)
+
+    def _commit_all(self) -> None:
+        for ref in self.refs:
+            self.driver.commit(ref)
+
+    async def _send_committed(self, _: words.SendCommitted) -> None:
+        arrival = self.arrival
+        committed = pb.Committed(
+            epoch=self.report.epoch, moved=dict(arrival.moved()), not_moved=dict(self.report.not_moved)
+        )
+        self._send(pb.FromDestination(committed=committed))
+
+    async def _send_failed(self, action: words.SendFailed) -> None:
+        self._send(pb.FromDestination(failed=pb.Problem(kind="MigrationError", message=action.reason)))
+
+    async def _open(self, action: words.Open) -> None:
+        if action.degraded:
+            self.report.warn("the ports opened before all of the VM's state was here")
+        self.report.mark("resumed")
+        self.report.moved = self.arrival.moved()
+        await self.call(self._open_all, action.degraded)
+        self.report.span("open", "resumed")
+        self.post(words.Opened())
+        self.beside("announce", self._announce())
+
+    def _open_all(self, degraded: bool) -> None:
+        for ref in self.refs:
+            if degraded and not self.driver.port(ref).committed:
+                self.driver.commit(ref)
+            pumped = self.driver.open(ref, broadcast=False)
+            self.report.frames["released"] += pumped.passed
+            self.report.frames["dropped"] += pumped.dropped
+            self.driver.set_lease(ref, None)
+
+    async def _announce(self) -> None:
+        """Say on every wire where the VM is. What is lost of it, the places that the coordinator gives make up for."""
+        records = [(ref, await self.call(self._record, ref)) for ref in self.refs]
+        for pause in ANNOUNCE_S:
+            await asyncio.sleep(pause)
+            for ref, record in records:
+                await self.call(lambda r, f: self.driver.inject(r, f, judged=False), ref, announce.frames(record))
+
+    def _record(self, ref: PortRef) -> dict[str, Any]:
+        return self.driver.port(ref).record
+
+    async def _send_opened(self, _: words.SendOpened) -> None:
+        self._send(pb.FromDestination(opened=self._opened()))
+        QUIET.end(self.name)
+
+    def _opened(self) -> pb.Opened:
+        opened_ms = self.report.times_ms.get("open", 0.0)
+        return pb.Opened(epoch=self.report.epoch, degraded=self.state.degraded, opened_ms=opened_ms)
+
+    async def _open_broadcast(self, _: words.OpenBroadcast) -> None:
+        await self.call(self._broadcast_all)
+
+    def _broadcast_all(self) -> None:
+        for ref in self.refs:
+            self.driver.set_broadcast(ref, True)
+
+    async def _close_accounts(self, _: words.CloseAccounts) -> None:
+        await self.call(self._settled_all)
+
+    def _settled_all(self) -> None:
+        for ref in self.refs:
+            self.driver.settled(ref)
+
+    async def _send_settled(self, _: words.SendSettled) -> None:
+        self._send(pb.FromDestination(settled=pb.Empty()))
+
+    async def _purge(self, _: words.Purge) -> None:
+        await self.call(self._purge_all)
+        QUIET.end(self.name)
+
+    def _purge_all(self) -> None:
+        for ref in self.refs:
+            self.driver.purge(ref)
+
+    async def _answer_source(self, _: words.Answer) -> None:
+        asking, self._asking = self._asking, []
+        for waiting in asking:
+            if not waiting.done():
+                waiting.set_result(self.move_state())
+
+    async def _tell(self, action: words.Tell) -> None:
+        lost = sum(self.report.not_moved.values())
+        if action.what == "opened" and lost:
+            self.tell("degraded", f"{lost} records were not moved")
+        else:
+            self.tell(action.what, action.reason)
+
+    # ---- questions ----
+
+    def move_state(self) -> pb.MoveState:
+        opened = self.state.phase in {Phase.OPENING, Phase.OPEN, Phase.SETTLED}
+        return pb.MoveState(state=str(self.state.phase), committed=self.state.committed, opened=opened, known=True)
+
+    async def ask(self) -> pb.MoveState:
+        """The answer to the source's question, when it can be given."""
+        waiting: asyncio.Future[pb.MoveState] = asyncio.get_running_loop().create_future()
+        self._asking.append(waiting)
+        self.post(words.Asked())
+        return await waiting
+
+    def _send(self, message: pb.FromDestination) -> None:
+        if self._source is not None:
+            self._source.send(message)
+
+    def _finish(self) -> None:
+        QUIET.end(self.name)
+        super()._finish()

@@ -1,0 +1,64 @@
+"""The destination's side of the transfer: sections into the switch, and whether all of a round has come.
+
+Runs in the VM's lane, except for `check`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from datapath.provider import Driver, PortRef
+from datapath.state.kind import Op
+from migrator.agent.report import Report
+from migrator.errors import Corrupt
+from migrator.snapshot import Section, Tally
+
+
+class Arrival:
+    """What has come of a VM's state."""
+
+    def __init__(self, driver: Driver, refs: Sequence[PortRef], report: Report) -> None:
+        self._driver = driver
+        self._refs = {ref.mac: ref for ref in refs}
+        self._report = report
+        self._tally = Tally()
+        self._moved: Counter[str] = Counter()
+        self.loaded = 0
+
+    def load(self, section: Section) -> None:
+        """Apply one section. Raises Corrupt for a port that is not of this VM, LoadRejected as the driver does."""
+        ref = self._refs.get(section.port)
+        if ref is None:
+            raise Corrupt(f"a section for port {section.port}, which is not of this VM", field="port")
+        self._tally.add_section(section)
+        self._report.bytes += section.size
+        if section.table is None:
+            self._report.not_moved[f"{section.kind}: not known here"] += section.count
+            return
+        loaded = self._driver.load(ref, section.table)
+        self._report.entries += section.count
+        self.loaded += loaded.loaded
+        if section.op is Op.LOAD:
+            self._moved[section.kind] += loaded.loaded
+        for reason, count in loaded.rejected:
+            self._report.not_moved[f"{section.kind}: {reason}"] += count
+
+    def restart(self) -> None:
+        """What came before counts no more."""
+        self._tally, self.loaded = Tally(), 0
+        self._moved.clear()
+        self._report.not_moved.clear()
+
+    def check(self, number: int, records: int, digest: int) -> None:
+        """The round is complete. Raises Corrupt when it is not what the source sent."""
+        tally, self._tally = self._tally, Tally()
+        if tally.records != records or tally.digest != digest:
+            raise Corrupt(
+                f"round {number}: {tally.records} of {records} records came, or they differ",
+                hint="a section was lost or damaged on the way",
+            )
+
+    def moved(self) -> Counter[str]:
+        """Kind -> records loaded."""
+        return self._moved

@@ -1,0 +1,98 @@
+"""The service that other agents call: Peer.Move brings a VM's state here, Peer.Ask tells what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import structlog
+
+from datapath.errors import Error
+from migrator._pb import migrator_pb2 as pb
+from migrator._pb import migrator_pb2_grpc as rpc
+from migrator.agent.destination import DestinationEnd
+from migrator.lifecycle import destination_words as words
+
+BEGIN_S = 10.0
+
+
+class _Source:
+    """What is to be written to one source. Nothing waits: the messages are few and small."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[pb.FromDestination | None] = asyncio.Queue()
+
+    def send(self, message: pb.FromDestination) -> None:
+        self._queue.put_nowait(message)
+
+    def close(self) -> None:
+        self._queue.put_nowait(None)
+
+    async def messages(self) -> AsyncIterator[pb.FromDestination]:
+        while (message := await self._queue.get()) is not None:
+            yield message
+
+
+class PeerService(rpc.PeerServicer):
+    """`find` gives the destination's end of a migration here, or None."""
+
+    def __init__(self, find: Callable[[str], DestinationEnd | None]) -> None:
+        self._find = find
+        self._log = structlog.get_logger()
+
+    async def Move(  # noqa: N802
+        self, requests: AsyncIterator[pb.FromSource], context: Any
+    ) -> AsyncIterator[pb.FromDestination]:
+        begin = await _begin(requests)
+        end = self._find(begin.migration)
+        if end is None or begin.epoch != end.order.epoch or not hmac.compare_digest(begin.token, end.order.token):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such migration is prepared here")
+            return
+        source = _Source()
+        reader = asyncio.create_task(self._receive(end, source, requests))
+        end.attach(source)
+        try:
+            async for message in source.messages():
+                yield message
+        finally:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+            end.detach(source)
+
+    async def _receive(self, end: DestinationEnd, source: _Source, requests: AsyncIterator[pb.FromSource]) -> None:
+        try:
+            async for message in requests:
+                await end.receive(message)
+        except Error as error:
+            end.post(words.Failed(str(error)))
+            await _drained(requests)
+        except grpc.aio.AioRpcError as error:
+            self._log.info("stream from source broke", migration=end.report.id, error=error.details())
+        finally:
+            source.close()
+
+    async def Ask(self, request: pb.MoveQuery, context: Any) -> pb.MoveState:  # noqa: N802
+        end = self._find(request.migration)
+        if end is None:
+            return pb.MoveState(state="unknown", known=False)
+        return await asyncio.wait_for(end.ask(), max(context.time_remaining() or BEGIN_S, 0.001))
+
+
+async def _begin(requests: AsyncIterator[pb.FromSource]) -> pb.Begin:
+    """The first message; an empty one when none comes or it is another."""
+    try:
+        async with asyncio.timeout(BEGIN_S):
+            return (await anext(aiter(requests))).begin
+    except (TimeoutError, StopAsyncIteration):
+        return pb.Begin()
+
+
+async def _drained(requests: AsyncIterator[pb.FromSource]) -> None:
+    """Read on without applying anything, so that the source hears why before the stream ends."""
+    async for _ in requests:
+        pass

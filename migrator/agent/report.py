@@ -1,0 +1,71 @@
+"""What one end of a migration knows about it: true numbers for the operator's report."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from migrator._pb import migrator_pb2 as pb
+
+
+@dataclass
+class Report:
+    """Times are CLOCK_MONOTONIC seconds in `marks`, milliseconds in `times_ms`."""
+
+    id: str
+    vm: str
+    epoch: int
+    source: str
+    destination: str
+    warnings: list[str] = field(default_factory=list)
+    rounds: int = 0
+    entries: int = 0
+    bytes: int = 0
+    rate: float = 0.0
+    leading: bool = False
+    moved: Counter[str] = field(default_factory=Counter)
+    not_moved: Counter[str] = field(default_factory=Counter)
+    frames: Counter[str] = field(default_factory=Counter)
+    times_ms: dict[str, float] = field(default_factory=dict)
+    marks: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def mark(self, name: str, at: float = 0.0) -> None:
+        """Remember when something happened; the first time counts."""
+        self.marks.setdefault(name, at or time.monotonic())
+
+    def span(self, name: str, since: str, until: str = "") -> None:
+        """Milliseconds between two marks (until now without `until`); nothing when one is missing."""
+        end = self.marks.get(until) if until else time.monotonic()
+        if since in self.marks and end is not None:
+            self.times_ms[name] = (end - self.marks[since]) * 1e3
+
+    def lasted(self, name: str, began: float) -> None:
+        """Milliseconds since `began` (time.monotonic) as the time of a part."""
+        self.times_ms[name] = (time.monotonic() - began) * 1e3
+
+    def message(self, phase: str) -> pb.Migration:
+        return pb.Migration(
+            id=self.id,
+            vm=self.vm,
+            epoch=self.epoch,
+            source=self.source,
+            destination=self.destination,
+            phase=phase,
+            warnings=self.warnings,
+            rounds=self.rounds,
+            entries=self.entries,
+            bytes=self.bytes,
+            rate=self.rate,
+            moved=dict(self.moved),
+            not_moved=dict(self.not_moved),
+            times_ms=self.times_ms,
+            frames=dict(self.frames),
+            leading=self.leading,
+            reason=self.reason,
+        )

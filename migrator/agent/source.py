@@ -1,0 +1,434 @@
+"""The source's end of a migration: carries out what its machine says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from datapath.provider import PortRef
+from migrator._pb import migrator_pb2 as pb
+from migrator.agent.copying import Batch, Copier
+from migrator.agent.end import REPORT_S, End, Surroundings
+from migrator.agent.guests import GuestFailed
+from migrator.agent.quiet import QUIET
+from migrator.agent.report import Report
+from migrator.agent.stream import PeerStream, ask
+from migrator.agent.switchover import Ports
+from migrator.errors import MigrationError, PeerLost
+from migrator.lifecycle import source as machine
+from migrator.lifecycle import source_words as words
+from migrator.lifecycle.machine import Action, Event, Guest, Role
+from migrator.lifecycle.source_words import Phase
+
+ETHERNET = 14
+POLL_S = 0.0002
+LEASED = frozenset({Phase.HOLDING, Phase.SUSPENDING, Phase.DRAINING, Phase.DRAINED, *words.UNSURE, *words.LEFT})
+
+
+class SourceEnd(End):
+    """One VM on its way from here. `order` is the coordinator's StartSource."""
+
+    role = Role.SOURCE
+
+    def __init__(self, around: Surroundings, order: pb.StartSource, state: machine.State) -> None:
+        report = Report(order.migration, order.vm, order.epoch, around.host, order.destination)
+        refs = [PortRef(order.vm, mac, epoch) for mac, epoch in sorted(order.epochs.items())]
+        self.order = order
+        self.ports = Ports(around.driver, refs, report)
+        self.copier = Copier(around.driver, refs, with_state=not order.without_state)
+        self.stream: PeerStream | None = None
+        self._done_rounds = 0
+        self._round_done = asyncio.Event()
+        self._stop_copy = asyncio.Event()
+        self._drain_now = asyncio.Event()
+        self._copying: asyncio.Task[None] | None = None
+        self._moving_guest = False
+        super().__init__(around, report, refs, state)
+
+    def _step(self, event: Event) -> tuple[Any, tuple[Action, ...]]:
+        return machine.step(self.state, event)
+
+    def _failure(self, reason: str) -> Event:
+        return words.Failed(reason)
+
+    def _timeout(self) -> Event:
+        return words.Timeout(self.state.phase)
+
+    def _facts(self) -> dict[str, Any]:
+        return {"order": self.order.SerializeToString().hex()}
+
+    def _deadline_s(self) -> float | None:
+        settings = self.around.settings
+        patient = self.order.timeout_s or settings.timeout_s
+        return {
+            Phase.PROBING: settings.probe_s * 2,
+            Phase.CONNECTING: settings.connect_s * 2,
+            Phase.COPYING: patient,
+            Phase.CONVERGED: patient,
+            Phase.WATCHING: patient,
+            Phase.SETTLING: settings.settle_s,
+            Phase.STUB: None,
+        }.get(self.state.phase, settings.step_s)
+
+    @property
+    def over(self) -> bool:
+        return self.state.phase in words.OVER
+
+    @property
+    def leased(self) -> bool:
+        return self.state.phase in LEASED
+
+    def _handlers(self) -> Mapping[type[Action], Callable[[Any], Coroutine[Any, Any, None]]]:
+        return {
+            words.Probe: self._probe,
+            words.Connect: self._connect,
+            words.Copy: self._copy,
+            words.Watch: self._watch,
+            words.Hold: self._hold,
+            words.Suspend: self._suspend,
+            words.Shut: self._shut,
+            words.Drain: self._drain,
+            words.SendFinal: self._send_final,
+            words.Ask: self._ask,
+            words.Cancel: self._cancel,
+            words.Resume: self._resume,
+            words.SendAbort: self._send_abort,
+            words.Redirect: self._redirect,
+            words.Settle: self._settle,
+            words.Purge: self._purge,
+            words.Tell: self._tell,
+        }
+
+    # ---- until the switchover ----
+
+    async def _probe(self, _: words.Probe) -> None:
+        self.beside("step", self._probe_path())
+
+    async def _probe_path(self) -> None:
+        size = ETHERNET + await self.call(self.ports.mtu)
+        host, channel = self.order.destination, self.order.channel
+        seconds = self.around.settings.probe_s
+        began = time.monotonic()
+        # Not in the lane: the far end may be slow, and the ports go on meanwhile.
+        if not await asyncio.to_thread(self.driver.probe_path, channel, host, size, seconds):
+            raise MigrationError(
+                f"no frame of {size} bytes comes back from {host}",
+                hint="the underlay's MTU has to carry full-size frames with 50 bytes of VXLAN around them",
+            )
+        self.report.lasted("probe", began)
+        self.post(words.Probed())
+
+    async def _connect(self, _: words.Connect) -> None:
+        self.beside("connect", self._connect_until_there())
+
+    async def _connect_until_there(self) -> None:
+        settled = self.state.phase is Phase.SETTLING
+        pause = 0.1
+        while True:
+            if self.stream is not None:
+                await self.stream.close()
+            self.stream = PeerStream(self.order.peer, self._heard, self._lost)
+            begin = pb.Begin(migration=self.report.id, vm=self.vm, epoch=self.report.epoch, token=self.order.token)
+            try:
+                return await self.stream.open(begin, self.around.settings.connect_s)
+            except PeerLost as error:
+                if not settled:
+                    return self.post(words.PeerLost(str(error)))
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+            pause = min(pause * 2, 5.0)
+
+    def _lost(self, reason: str) -> None:
+        self.post(words.PeerLost(reason))
+
+    def _heard(self, message: pb.FromDestination) -> None:
+        which = message.WhichOneof("message")
+        if which == "ready":
+            self.post(words.Ready())
+        elif which == "round_done":
+            self._done_rounds = message.round_done.round + 1
+            self.report.not_moved.update(message.round_done.rejected)
+            self._round_done.set()
+        elif which == "committed":
+            self._peer_committed(message.committed)
+        elif which == "opened":
+            self.report.mark("opened")
+            self.post(words.PeerOpened())
+        elif which == "settled":
+            self.post(words.PeerSettled())
+        elif which == "failed":
+            self.post(words.PeerFailed(message.failed.message))
+
+    def _peer_committed(self, committed: pb.Committed) -> None:
+        self.report.mark("committed")
+        self.report.span("committed", "paused", "committed")
+        self.report.moved.update(committed.moved)
+        self.report.not_moved.clear()
+        self.report.not_moved.update(committed.not_moved)
+        self.post(words.PeerCommitted())
+
+    async def _copy(self, _: words.Copy) -> None:
+        if not self.order.ordered_elsewhere:
+            await self.guests.migrate(self.vm, self.order.destination)
+            self._moving_guest = True
+        self._copying = self.beside("copy", self._copy_rounds())
+
+    async def _copy_rounds(self) -> None:
+        """Round 0, then rounds until one is small, then go on so that it stays small.
+
+        Is never cancelled, for what was read from the driver and not sent would be missing: it stops where it is asked.
+        """
+        began = time.monotonic()
+        await self.call(self.copier.begin)
+        self.report.lasted("track", began)
+        while not self._stop_copy.is_set():
+            await self._dump(began)
+            await self._drain_rounds(began)
+
+    async def _dump(self, began: float) -> None:
+        told = time.monotonic()
+        while not self._stop_copy.is_set():
+            batch = await self.call(self.copier.chunk)
+            if batch.complete:
+                self.report.times_ms.setdefault("dump", (time.monotonic() - began) * 1e3)
+                return await self._end_round()
+            await self._send(batch)
+            if time.monotonic() - told > REPORT_S:
+                told = time.monotonic()
+                self._count(began)
+                self.tell_again("running")
+        return None
+
+    async def _drain_rounds(self, began: float) -> None:
+        """Returns to stop, or when everything has to be dumped again."""
+        small = self.around.settings.small_round
+        while not self._stop_copy.is_set():
+            batch = await self.call(self.copier.drain)
+            await self._send(batch)
+            if batch.restart:
+                return self.report.warn("more changed during the copy than could be noted: it was begun again")
+            if batch.records:
+                await self._end_round()
+            self._count(began)
+            if batch.records > small:
+                continue
+            if self.state.phase is Phase.COPYING:
+                self.report.lasted("converged", began)
+                self.post(words.Converged())
+            await _within(self._drain_now, self.around.settings.drain_interval_s)
+            self._drain_now.clear()
+        return None
+
+    def _halt_copying(self) -> None:
+        self._stop_copy.set()
+        self._round_done.set()
+        self._drain_now.set()
+
+    async def _stop_copying(self) -> None:
+        """The copy ends after what it is sending; a stream that stands still ends it too."""
+        self._halt_copying()
+        if self._copying is not None:
+            await asyncio.wait({self._copying}, timeout=self.around.settings.step_s)
+
+    def _count(self, began: float) -> None:
+        self.report.rounds = self.copier.round
+        self.report.entries = self.copier.records
+        self.report.bytes = self.copier.bytes
+        self.report.rate = self.copier.records / max(time.monotonic() - began, 1e-3)
+
+    async def _send(self, batch: Batch) -> None:
+        if batch.restart:
+            await self._write(pb.FromSource(restart=pb.Empty()))
+        for section in batch.sections:
+            await self._write(pb.FromSource(section=section))
+
+    async def _write(self, message: pb.FromSource) -> None:
+        if self.stream is None:
+            raise PeerLost("no stream to the destination")
+        await self.stream.send(message)
+
+    async def _end_round(self) -> None:
+        """Send the round's totals and wait until the destination has loaded it all."""
+        total = self.copier.end_round()
+        await self._write(
+            pb.FromSource(round_end=pb.RoundEnd(round=total.round, records=total.records, digest=total.digest))
+        )
+        while self._done_rounds <= total.round and not self._stop_copy.is_set():
+            self._round_done.clear()
+            await self._round_done.wait()
+
+    async def _watch(self, _: words.Watch) -> None:
+        self.beside("watch", self._watch_memory())
+
+    async def _watch_memory(self) -> None:
+        began = time.monotonic()
+        while not (await self.guests.remaining(self.vm)).converged:
+            await asyncio.sleep(0.005)
+        self.report.lasted("memory_wait", began)
+        self.post(words.GuestFits())
+
+    # ---- the switchover ----
+
+    async def _hold(self, _: words.Hold) -> None:
+        QUIET.begin(self.name)
+        self.report.leading = True
+        self.report.mark("held")
+        self.beside("hold", self._hold_and_idle())
+
+    async def _hold_and_idle(self) -> None:
+        await self.call(self.ports.hold)
+        self.report.span("hold", "held")
+        began = time.monotonic()
+        await self._wait_idle()
+        self.report.lasted("idle_wait", began)
+        self._drain_now.set()
+        self.post(words.Held())
+
+    async def _wait_idle(self) -> None:
+        """Until the guest has left nothing unread for a moment; says so where it cannot be had."""
+        settings, began = self.around.settings, time.monotonic()
+        empty_since: float | None = None
+        while self.state.phase is Phase.HOLDING:
+            idle, now = await self.call(self.ports.idle), time.monotonic()
+            if idle is None:
+                return self.report.warn("the guest's queue cannot be looked at: frames in it may be lost")
+            empty_since = (empty_since or now) if idle else None
+            if empty_since is not None and now - empty_since >= settings.idle_s:
+                return None
+            if now - began >= settings.idle_deadline_s:
+                milliseconds = settings.idle_deadline_s * 1e3
+                return self.report.warn(f"the guest did not empty its queue within {milliseconds:.0f} ms")
+            await asyncio.sleep(POLL_S)
+        return None
+
+    async def _suspend(self, _: words.Suspend) -> None:
+        self.beside("suspend", self._suspend_guest())
+
+    async def _suspend_guest(self) -> None:
+        began = time.monotonic()
+        try:
+            await self.guests.suspend(self.vm)
+        except GuestFailed:
+            if self.guests.state(self.vm) is not Guest.PAUSED:
+                raise
+            self.post(words.GuestPaused(moving=True))  # it had been stopped before, and is moved so
+        self.report.lasted("suspend", began)
+
+    async def _shut(self, _: words.Shut) -> None:
+        await self.call(self.ports.shut)
+
+    async def _drain(self, action: words.Drain) -> None:
+        QUIET.begin(self.name)
+        if action.follow:
+            self.report.leading = False
+            self.report.frames["may_be_lost"] = 2
+            self.report.warn("the guest stopped by itself: one or two frames may be lost")
+        self.stop_beside("watch")
+        began = time.monotonic()
+        await self.call(self.ports.shut)
+        self.report.lasted("quiesce", began)
+        await self._stop_copying()
+        began = time.monotonic()
+        rest = self.copier.rest()
+        while (batch := await self.call(next, rest, None)) is not None:
+            await self._send(batch)
+        self.report.lasted("drain", began)
+        if action.follow:
+            await self.call(self.ports.take)
+        self.post(words.Drained())
+
+    async def _send_final(self, _: words.SendFinal) -> None:
+        total = self.copier.end_round()
+        self._count(self.report.marks.get("held", 0.0))
+        self.report.mark("final")
+        self.report.span("final", "paused", "final")
+        final = pb.Final(round=total.round, records=total.records, digest=total.digest)
+        await self._write(pb.FromSource(final=final))
+
+    async def _redirect(self, _: words.Redirect) -> None:
+        self.stop_beside("step", "connect", "watch", "ask")
+        self.report.mark("opened")
+        await self._stop_copying()
+        await self.call(self.ports.shut)
+        await self.call(self.ports.redirect, self.order.channel, self.order.destination)
+        self.report.span("held_delivered", "opened")
+        self.report.span("downtime", "paused", "opened")
+        QUIET.end(self.name)
+        self.post(words.Redirected())
+
+    async def _settle(self, _: words.Settle) -> None:
+        self.beside("settle", self._send_accounts())
+
+    async def _send_accounts(self) -> None:
+        began = time.monotonic()
+        try:
+            await self._write(pb.FromSource(redirecting=pb.Empty()))
+            if not self.order.without_state:
+                tables = self.copier.settle()
+                while (sections := await self.call(next, tables, None)) is not None:
+                    for section in sections:
+                        await self._write(pb.FromSource(section=section))
+            await self._write(pb.FromSource(settle_end=pb.Empty()))
+        except PeerLost as error:
+            self.post(words.PeerLost(str(error)))
+        self.report.lasted("settle", began)
+
+    async def _purge(self, action: words.Purge) -> None:
+        self.stop_beside("settle")
+        await self.call(self.ports.purge, action.keep_redirect)
+        if self.stream is not None:
+            await self.stream.close()
+
+    # ---- back ----
+
+    async def _ask(self, _: words.Ask) -> None:
+        self.beside("ask", self._ask_until_answered())
+
+    async def _ask_until_answered(self) -> None:
+        query = pb.MoveQuery(migration=self.report.id, vm=self.vm, epoch=self.report.epoch)
+        pause = 0.05
+        while True:
+            try:
+                said = await ask(self.order.peer, query, self.around.settings.step_s)
+            except MigrationError as error:
+                self.log.info("no answer", error=str(error))
+            else:
+                return self.post(words.PeerSaid(committed=said.committed, opened=said.opened))
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+            pause = min(pause * 2, 2.0)
+
+    async def _cancel(self, action: words.Cancel) -> None:
+        if await self.guests.cancel(self.vm, certain=action.certain):
+            self.post(words.GuestResumed())
+        else:
+            self.post(words.CancelFailed())
+
+    async def _resume(self, _: words.Resume) -> None:
+        self.stop_beside("step", "connect", "watch", "ask")
+        self._halt_copying()
+        began = time.monotonic()
+        await self.call(self.ports.resume)
+        self.report.lasted("resume", began)
+        QUIET.end(self.name)
+        await self._stop_copying()
+        if self._moving_guest and self.state.guest is Guest.RUNNING:
+            await self.guests.cancel(self.vm, certain=False)
+
+    async def _send_abort(self, action: words.SendAbort) -> None:
+        if self.stream is None:
+            return
+        with contextlib.suppress(PeerLost):  # the coordinator tells it then
+            await self._write(pb.FromSource(abort=pb.Abort(migration=self.report.id, reason=action.reason)))
+        await self.stream.finish()
+
+    async def _tell(self, action: words.Tell) -> None:
+        self.tell(action.what, action.reason)
+
+
+async def _within(event: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

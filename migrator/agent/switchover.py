@@ -1,0 +1,100 @@
+"""What the source does to the ports of a VM in its switchover, all of them together. Runs in the VM's lane."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datapath.errors import PortNotFound
+from datapath.provider import Driver, PortRef, PortState, Pumped
+from migrator.agent.report import Report
+
+
+class Ports:
+    """The ports of one VM at the source."""
+
+    def __init__(self, driver: Driver, refs: Sequence[PortRef], report: Report) -> None:
+        self._driver = driver
+        self._refs = list(refs)
+        self._report = report
+        self._taken: dict[PortRef, list[bytes]] = {ref: [] for ref in refs}
+        self._held: set[PortRef] = set()
+        self._quiesced: set[PortRef] = set()
+
+    def recall(self) -> None:
+        """After a restart: how far an earlier run had got."""
+        for ref in self._refs:
+            status = self._driver.port(ref)
+            if status.gate.endswith("shut"):
+                self._held.add(ref)
+            if status.state is not PortState.ACTIVE:
+                self._quiesced.add(ref)
+
+    def mtu(self) -> int:
+        """The largest MTU of the ports, in bytes."""
+        return max(int(self._driver.port(ref).record["mtu"]) for ref in self._refs)
+
+    def hold(self) -> None:
+        for ref in self._refs:
+            if ref not in self._held:
+                self._driver.hold(ref)
+                self._held.add(ref)
+
+    def idle(self) -> bool | None:
+        """Has the guest taken everything from all of its queues? None: it cannot be known."""
+        found = [self._driver.idle(ref) for ref in self._refs]
+        return None if None in found else all(found)
+
+    def shut(self) -> None:
+        """Hold and quiesce; what is so already stays so."""
+        for ref in self._refs:
+            if ref in self._quiesced:
+                continue
+            if ref not in self._held:
+                self._driver.hold(ref)
+                self._held.add(ref)
+            self._driver.quiesce(ref)
+            self._quiesced.add(ref)
+
+    def take(self) -> None:
+        """Take what the guest left unread: kept here, in order, for whoever runs the guest next."""
+        for ref in self._refs:
+            self._taken[ref] += self._driver.take(ref)
+        self._report.frames["taken"] = sum(len(frames) for frames in self._taken.values())
+
+    def redirect(self, channel: int, host: str) -> None:
+        self.take()
+        for ref in self._refs:
+            judged, self._taken[ref] = self._taken[ref], []
+            self._count("redirected", self._driver.redirect(ref, channel, host, judged))
+
+    def resume(self) -> None:
+        """Active again: what the guest left unread goes first, then what was held."""
+        for ref in self._refs:
+            taken, self._taken[ref] = self._taken[ref], []
+            if taken:
+                self._driver.inject(ref, taken, judged=True)
+            if ref in self._held | self._quiesced:
+                self._count("returned", self._driver.resume(ref))
+            self._driver.untrack(ref)
+            self._driver.set_lease(ref, None)
+        self._held.clear()
+        self._quiesced.clear()
+
+    def _count(self, name: str, pumped: Pumped) -> None:
+        self._report.frames[name] += pumped.passed
+        self._report.frames["held"] += pumped.passed
+        self._report.frames["dropped"] += pumped.dropped
+
+    def purge(self, keep_redirect: bool) -> None:
+        for ref in self._refs:
+            self._driver.purge(ref, keep_redirect=keep_redirect)
+
+    def redirect_idle_s(self) -> float:
+        """Seconds since the last frame of any of the ports was redirected."""
+        found = []
+        for ref in self._refs:
+            try:
+                found.append(self._driver.redirect_idle_s(ref))
+            except PortNotFound:
+                continue  # already released
+        return min(found, default=float("inf"))
