@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datapath.drivers.ebpf import bpffs, loader
+from datapath.drivers.ebpf import bpffs, loader, syscall
 from datapath.drivers.ebpf.bpffs import Pins
 from datapath.drivers.ebpf.layout import CT_KEY, EVENT, L2_KEY, PORT, C
 from datapath.drivers.ebpf.loader import Sizes
@@ -41,7 +41,8 @@ def pins(tmp_path: Path) -> Iterator[Pins]:
 def test_a_fresh_switch_is_pinned_and_typed(pins: Pins, small: Path) -> None:
     switch = loader.load(pins, path=small)
     assert switch.fresh
-    assert {"maps/ports", "maps/conntracks", "programs/from_port"} <= set(pins.names())
+    assert {"maps/ports", "maps/conntracks"} <= set(pins.names())
+    assert {name.split("/")[1] for name in pins.names() if name.startswith("programs-")} == set(switch.programs)
     with switch.table("l2") as l2, switch.outer("conntracks") as conntracks, switch.mapped("ports") as ports:
         assert l2.key == L2_KEY
         assert conntracks.template.key == CT_KEY
@@ -72,6 +73,24 @@ def test_a_restart_finds_what_was_there(pins: Pins, small: Path) -> None:
         with conntracks.inner(3) as table:  # type: ignore[union-attr]
             assert len(table.keys()) == 1
     second.close()
+
+
+def test_programs_of_the_same_object_are_taken_over(pins: Pins, small: Path, tmp_path: Path) -> None:
+    first = loader.load(pins, path=small)
+    second = loader.load(pins, path=small)
+    ids = {name: syscall.prog_info(fd).id for name, fd in first.programs.items()}
+    assert {name: syscall.prog_info(fd).id for name, fd in second.programs.items()} == ids
+    newer = compile_object(SOURCE, tmp_path / "newer.o", "-DVERSION=2")
+    third = loader.load(pins, path=newer)
+    assert not set(ids.values()) & {syscall.prog_info(fd).id for fd in third.programs.values()}
+    directories = {name.split("/")[0] for name in pins.names()}
+    assert len(directories) == 2, f"programs of one object only: {directories}"
+    (pins.maps / "l2").unlink()
+    fourth = loader.load(pins, path=newer)
+    assert (pins.maps / "l2").exists()
+    assert fourth.programs.keys() == third.programs.keys()
+    for switch in (first, second, third, fourth):
+        switch.close()
 
 
 def test_sizes_scale_what_hangs_off_ports(pins: Pins, small: Path) -> None:

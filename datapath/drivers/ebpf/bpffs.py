@@ -1,8 +1,8 @@
 """The bpffs that holds the switch's pins: found, mounted, cleared.
 
-    <bpffs>/migrator-<instance>/maps/NAME         every map of maps.h
-                               /programs/NAME     the newest programs
-                               /links/NAME        tcx links (attach.py)
+    <bpffs>/migrator-<instance>/maps/NAME              every map of maps.h
+                               /programs-DIGEST/NAME   of the object with that digest
+                               /links/NAME             tcx links (attach.py)
 
 `ip netns exec` hides /sys, and a service manager may hide mounts: enter a namespace by setns, and give another path.
 """
@@ -36,16 +36,15 @@ class Pins:
     def maps(self) -> Path:
         return self.root / "maps"
 
-    @property
-    def programs(self) -> Path:
-        return self.root / "programs"
+    def programs(self, digest: str) -> Path:
+        return self.root / f"programs-{digest}"
 
     @property
     def links(self) -> Path:
         return self.root / "links"
 
     def make(self) -> None:
-        for directory in (self.maps, self.programs, self.links):
+        for directory in (self.maps, self.links):
             directory.mkdir(parents=True, exist_ok=True)
 
     def names(self) -> list[str]:
@@ -54,13 +53,25 @@ class Pins:
 
     def clear(self) -> None:
         """Unpin all: links go first, so that no program runs on maps that are half gone."""
-        for directory in (self.links, self.programs, self.maps):
-            with contextlib.suppress(FileNotFoundError):
-                for path in directory.iterdir():
-                    path.unlink(missing_ok=True)
-                directory.rmdir()
+        clear(self.links)
+        self.keep_programs("")
+        clear(self.maps)
         with contextlib.suppress(FileNotFoundError):
             self.root.rmdir()
+
+    def keep_programs(self, digest: str) -> None:
+        """Unpin programs of all other objects."""
+        for directory in self.root.glob("programs-*"):
+            if directory != self.programs(digest):
+                clear(directory)
+
+
+def clear(directory: Path) -> None:
+    """Unpin what is in a directory, and remove it."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in directory.iterdir():
+            path.unlink(missing_ok=True)
+        directory.rmdir()
 
 
 def pins(instance: str, path: Path | None = None) -> Pins:

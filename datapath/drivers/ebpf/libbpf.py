@@ -132,7 +132,7 @@ class Object:
         return int(library().bpf_map__fd(self._map(name)))
 
     def programs(self) -> dict[str, int]:
-        """Name -> descriptor of each loaded program, the object's own."""
+        """Name -> descriptor of each program, the object's own; negative before `load`."""
         items = list(self._walk("program"))
         return {library().bpf_program__name(item).decode(): library().bpf_program__fd(item) for item in items}
 

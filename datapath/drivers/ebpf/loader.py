@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from datapath.drivers.ebpf import btf, layout, libbpf, syscall
-from datapath.drivers.ebpf.bpffs import Pins
+from datapath.drivers.ebpf.bpffs import Pins, clear
 from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.maps import Handle, Mapped, Outer, Table, Template
 from datapath.errors import FeatureMissing, KernelError
@@ -139,7 +140,7 @@ class Switch:
 
 
 def load(pins: Pins, sizes: Sizes | None = None, path: Path = btf.OBJECT) -> Switch:
-    """Load the object at `path`; maps pinned under `pins` are reused, programs pinned anew.
+    """Load the object at `path`; maps pinned under `pins` are reused, and so are programs of the very same object.
 
     Raises FeatureMissing (not built; layouts differ, named), KernelError (with libbpf's last lines; a pinned map that
     does not fit, named). A load that fails leaves pins and running programs as they were.
@@ -154,10 +155,12 @@ def load(pins: Pins, sizes: Sizes | None = None, path: Path = btf.OBJECT) -> Swi
         for declared in switch._declared.values():
             _check_pinned(declared, types)
         switch.fresh = not (pins.maps / "settings").exists()
-        opened.load()
-        switch._maps = {name: _duplicate(opened.map_fd(name)) for name in switch._declared}
-        switch._programs = {name: _duplicate(fd) for name, fd in opened.programs().items()}
-        _pin_programs(switch)
+        programs = pins.programs(hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+        if not _take_over(switch, opened, programs):
+            opened.load()
+            switch._maps = {name: _duplicate(opened.map_fd(name)) for name in switch._declared}
+            switch._programs = {name: _duplicate(fd) for name, fd in opened.programs().items()}
+            _pin_programs(switch, programs)
         _mark_boot(switch)
     except BaseException:
         switch.close()
@@ -196,13 +199,26 @@ def _check_pinned(declared: libbpf.Declared, types: btf.Btf) -> None:
             raise KernelError(f"pinned map {declared.name}: {'; '.join(found)}", errno.EINVAL, hint=hint)
 
 
-def _pin_programs(switch: Switch) -> None:
-    """Each name always shows the old or the new program."""
+def _take_over(switch: Switch, opened: libbpf.Object, programs: Path) -> bool:
+    """Use the pinned maps and programs of this very object: the verifier's seconds are spared. False: not all there."""
+    pins = {name: one.pin for name, one in switch._declared.items() if one.pin and one.pin.exists()}
+    if len(pins) != len(switch._declared) or not programs.is_dir():
+        return False
+    switch._maps = {name: syscall.obj_get(pin) for name, pin in pins.items()}
+    switch._programs = {name: syscall.obj_get(programs / name) for name in opened.programs()}
+    return True
+
+
+def _pin_programs(switch: Switch, programs: Path) -> None:
+    """The directory appears with all programs in it."""
+    unfinished = programs.with_name(f"{programs.name}-new")
+    clear(unfinished)
+    unfinished.mkdir()
     for name, fd in switch._programs.items():
-        fresh = switch.pins.programs / f"{name}-new"
-        fresh.unlink(missing_ok=True)
-        syscall.obj_pin(fd, fresh)
-        fresh.rename(switch.pins.programs / name)
+        syscall.obj_pin(fd, unfinished / name)
+    clear(programs)
+    unfinished.rename(programs)
+    switch.pins.keep_programs(programs.name.removeprefix("programs-"))
 
 
 def _mark_boot(switch: Switch) -> None:
