@@ -147,9 +147,8 @@ class Cluster(Lab):
             if not agent.running():
                 raise LabError(f"{agent.name} ended: {agent.tail()}")
         with contextlib.suppress(grpc.RpcError):
-            return sum(h.connected for h in self.coordinator_stub().Hosts(pb.Empty(), timeout=5).hosts) == len(
-                self.agents
-            )
+            hosts = self.coordinator_stub().Hosts(pb.Empty(), timeout=5).hosts
+            return bool({host.name for host in hosts if host.connected} >= set(self.agents))
         return False
 
     # ---- speaking to them ----
@@ -229,14 +228,10 @@ class Cluster(Lab):
             env=environment,
         )
 
-    def complaints(self) -> list[str]:
-        """Lines of the daemons' logs that warn or worse."""
-        found = []
-        for daemon in (self.coordinator, *self.agents.values()):
-            for line in daemon.log.read_text(errors="replace").splitlines():
-                if any(word in line.lower() for word in ("warning", "error", "critical", "traceback")):
-                    found.append(f"{daemon.name}: {line}")
-        return found
+    def restart(self, daemon: Daemon) -> None:
+        """Start a daemon that was killed, and wait until all agents are attached again."""
+        daemon.start()
+        wait_until("all agents are attached", self._attached, 40.0, 0.1)
 
     def settled(self, machine: Machine, timeout_s: float = 20.0) -> None:
         """Wait until no agent has anything of a migration of this VM in hand."""

@@ -86,6 +86,9 @@ class Streams:
             "numbers arrive", lambda: all(self.received(f) >= g for f, g in zip((1, 2), goals, strict=True)), 20.0
         )
 
+    def sent(self, flow: int) -> int:
+        return int(self.ends[2 - flow].call("sending", flow=flow)["sent"])
+
     def received(self, flow: int) -> int:
         return int(self.ends[flow - 1].call("report")["flows"].get(str(flow), {}).get("received", 0))
 
