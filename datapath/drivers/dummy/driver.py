@@ -30,7 +30,7 @@ STAGED, ACTIVE, QUIESCED, STUB = PortState.STAGED, PortState.ACTIVE, PortState.Q
 
 
 class DummyDriver(Driver):
-    """A switch in memory. Events come synchronously, from the call that caused them.
+    """A switch in memory. Every device is there but those that `switch.plug` took away. Events come synchronously.
 
     Options, all optional:
       host         its name in the fabric, "dummy"
@@ -130,8 +130,10 @@ class DummyDriver(Driver):
             raise UnsupportedKind(f"no room for port {ref.mac}: {len(switch.ports)} ports are here")
         port = Instance(ref, checked, device, self._kinds(), switch.clock, ifindex=next(switch.indexes))
         port.tables["port"].load(Table("port", records=[checked]))
+        port.present = device not in switch.absent
         switch.ports[ref] = port
-        switch.emit(Event("device-added", ref, {"device": device}))
+        if port.present:
+            switch.emit(Event("device-added", ref, {"device": device}))
 
     def _checked(self, ref: PortRef, record: Record) -> Record:
         (checked,) = checked_records(KINDS["port"], Table("port", records=[record]))

@@ -66,9 +66,18 @@ class Switch:
     locations: dict[tuple[str, str], PortRef] = field(default_factory=dict)
     channels: dict[int, tuple[PortRef, str]] = field(default_factory=dict)
     drops: Counter[str] = field(default_factory=Counter)
+    absent: set[str] = field(default_factory=set)
     uplink: list[bytes] = field(default_factory=list)
     emit: Emit = field(default_factory=lambda: ignore)
     indexes: itertools.count[int] = field(default_factory=lambda: itertools.count(2))
+
+    def plug(self, device: str, present: bool) -> None:
+        """Make a device appear or disappear, with the event that a kernel's message gives."""
+        (self.absent.discard if present else self.absent.add)(device)
+        for port in self.ports.values():
+            if port.device == device and port.present != present:
+                port.present = present
+                self.emit(Event("device-added" if present else "device-removed", port.ref, {"device": device}))
 
     # ---- frames from a guest ----
 
