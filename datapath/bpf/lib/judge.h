@@ -11,6 +11,7 @@
 #pragma once
 
 #include "frag.h"
+#include "reject.h"
 #include "related.h"
 
 /* RFC 4861 (hop limit 255: not routed), RFC 2710, RFC 3810 */
@@ -91,5 +92,7 @@ __noinline int judge(struct __sk_buff *skb, struct port *port, struct packet *pk
 	reason = judge_packet(&t);
 	if (reason == DROP_NONE && pkt->fragment == FRAGMENT_FIRST)
 		fragment_record(&t);
+	if (reason == DROP_REJECT)
+		reject(skb, port, pkt, direction);
 	return reason;
 }

@@ -86,6 +86,7 @@ static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __
 	reason = parse(skb, &pkt, FROM_GUEST);
 	if (reason)
 		return reason;
+	pkt.vlan = vid;
 	if (l2_macs(skb, &eth))
 		return DROP_MALFORMED;
 	if (flags & PORT_F_ANTISPOOF)
