@@ -82,8 +82,7 @@ class Cluster(Lab):
     def _coordinator_config(self) -> dict[str, Any]:
         return {
             "coordinator": {
-                "listen": f"{self.underlay('control')}:{COORDINATOR_PORT}",
-                "socket": str(self._coordinator_socket()),
+                "listen": [f"{self.underlay('control')}:{COORDINATOR_PORT}", f"unix:{self._coordinator_socket()}"],
                 "state_dir": str(self.directory / "control"),
             }
         }

@@ -6,7 +6,7 @@ Everything runs in network namespaces of this machine and is gone at the end.
 
 from __future__ import annotations
 
-import json
+import json as formats
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from migrator._pb import migrator_pb2 as pb
-from migrator.lab import outcome, plot
+from migrator.lab import outcome
+from migrator.lab import plot as picture
 from migrator.lab.cluster import Cluster
 from migrator.lab.scene import NETWORK, POLICY, SAMPLE_S, Scene
 
@@ -49,10 +50,10 @@ class Move:
 
 
 def main(
-    *, as_json: bool = False, plot_file: Path | None = None, connections: int = CONNECTIONS, entries: int = ENTRIES
+    *, json: bool = False, plot: Path | None = None, connections: int = CONNECTIONS, entries: int = ENTRIES
 ) -> int:
     """Run it, print the table (or one JSON object); 0 when nothing was lost with state and much without."""
-    console = Console(stderr=as_json)
+    console = Console(stderr=json)
     network = {"name": NETWORK, "kind": "uplink", "vlan": 0, "uplink": "up0"}
     console.print(f"two hosts, one VM, {connections} connections, {entries} background entries, default-drop policy")
     with Cluster(("h1", "h2"), [network], migration_options={"redirect_idle_s": 1.0}) as cluster:
@@ -61,10 +62,10 @@ def main(
         without, bare = _run(cluster, 1, ["h2"], connections, entries, without_state=True)
         console.print("moving with state, there and back …")
         with_state, full = _run(cluster, 2, ["h2", "h1"], connections, entries, without_state=False)
-    if plot_file:
-        plot.write(plot_file, [bare, full])
-    if as_json:
-        print(json.dumps({"without_state": asdict(without[0]), "with_state": [asdict(move) for move in with_state]}))
+    if plot:
+        picture.write(plot, [bare, full])
+    if json:
+        print(formats.dumps({"without_state": asdict(without[0]), "with_state": [asdict(move) for move in with_state]}))
     else:
         outcome.show(console, without[0], with_state)
     return 0 if outcome.convincing(without[0], with_state) else 1
@@ -72,7 +73,7 @@ def main(
 
 def _run(
     cluster: Cluster, number: int, route: list[str], connections: int, entries: int, *, without_state: bool
-) -> tuple[list[Move], plot.Panel]:
+) -> tuple[list[Move], picture.Panel]:
     """One VM along a route."""
     with cluster.scope():
         scene = Scene(cluster, connections, entries)
@@ -131,7 +132,7 @@ def _restore_rate(report: pb.Migration) -> float:
     return float(sum(report.moved.values()) / loading * 1e3) if loading else 0.0
 
 
-def _panel(scene: Scene, begin: float, stops: list[float], route: list[str], *, without_state: bool) -> plot.Panel:
+def _panel(scene: Scene, begin: float, stops: list[float], route: list[str], *, without_state: bool) -> picture.Panel:
     sent, came = scene.probe_times()
     end = scene.samples[-1].time - begin
     slots = [n * SAMPLE_S for n in range(int(end / SAMPLE_S))]
@@ -140,7 +141,7 @@ def _panel(scene: Scene, begin: float, stops: list[float], route: list[str], *, 
         due = sum(slot <= t - begin < slot + SAMPLE_S for t in sent)
         return min(1.0, sum(slot <= t - begin < slot + SAMPLE_S for t in came) / due) if due else 1.0
 
-    return plot.Panel(
+    return picture.Panel(
         "without state: every connection dies" if without_state else "with state",
         [s.time - begin for s in scene.samples],
         [s.alive for s in scene.samples],
