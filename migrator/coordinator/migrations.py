@@ -144,9 +144,9 @@ class Migrations:
     async def follow(self, migration: str) -> AsyncIterator[pb.Migration]:
         """The report whenever it changes (the newest only), until it is done. Raises MigrationNotFound."""
         while (run := self._running.get(migration)) is not None:
-            news = run.news
-            yield orders.copy(run.report)
-            if run.report.done:
+            news, report = run.news, orders.copy(run.report)
+            yield report
+            if report.done:
                 return
             await news.wait()
         report = self._store.catalog.objects["migration"].get(migration)

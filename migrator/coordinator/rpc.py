@@ -30,7 +30,7 @@ async def reported(context: Any) -> AsyncIterator[None]:
         metadata = ((NAME_KEY, error_name(error)), (HINT_KEY, error.hint.encode()))
         error.hint = ""
         message = str(error)
-        log.info("call refused", error=error_name(error), message=message)
+        log.info("call refused", name=error_name(error), message=message)
         await context.abort(getattr(grpc.StatusCode, grpc_status(error)), message, metadata)
 
 

@@ -45,7 +45,7 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Address = Annotated[str, Field(pattern=r"^(unix:/.+|(?!unix:).+:\d{1,5})$")]
+Address = Annotated[str, Field(pattern=r"^(unix:/.+|.+:\d{1,5})$")]
 
 
 class Settings(BaseModel):
@@ -54,7 +54,6 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     listen: Annotated[list[Address], BeforeValidator(_listed), Field(min_length=1)] = ["127.0.0.1:7400"]
-    socket: Path | None = None
     state_dir: Path = Path("/var/lib/migrator/coordinator")
     metrics_port: int = Field(default=0, ge=0, le=65535)
     metrics_address: str = "127.0.0.1"

@@ -138,7 +138,7 @@ class Bench:
         self.journal = SqliteJournal(self._path)
         self.cluster = Cluster(self.journal, self._deadlines)
         self.cluster.start()
-        self._server, self.port = await serve(self.cluster, "127.0.0.1:0")
+        self._server, self.port = await serve(self.cluster, ["127.0.0.1:0"])
         self.stub = migrator_pb2_grpc.CoordinatorStub(self.channel())
 
     def channel(self) -> grpc.aio.Channel:
