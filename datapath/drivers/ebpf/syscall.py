@@ -19,6 +19,7 @@ from datapath.drivers.ebpf.uapi import (
     Attr,
     BatchAttr,
     BtfInfoRaw,
+    BtfLoadAttr,
     ByIdAttr,
     Command,
     ElementAttr,
@@ -232,6 +233,12 @@ def link_info(fd: int) -> LinkInfo:
     raw = LinkInfoRaw()
     _info(fd, raw)
     return LinkInfo(raw.type, raw.id, raw.prog_id, raw.ifindex, raw.attach_type)
+
+
+def btf_load(data: bytes) -> int:
+    """Give the kernel type information. For probes; libbpf loads the real one."""
+    text = ctypes.create_string_buffer(data, len(data))
+    return _call(Command.BTF_LOAD, BtfLoadAttr(ctypes.addressof(text), 0, len(data)), f"of {len(data)} bytes")
 
 
 def btf_data(id_: int) -> bytes:

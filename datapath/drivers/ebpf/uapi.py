@@ -24,6 +24,7 @@ class Command(enum.IntEnum):
     MAP_GET_FD_BY_ID = 14
     OBJ_GET_INFO_BY_FD = 15
     PROG_QUERY = 16
+    BTF_LOAD = 18
     BTF_GET_FD_BY_ID = 19
     MAP_LOOKUP_BATCH = 24
     MAP_LOOKUP_AND_DELETE_BATCH = 25
@@ -116,6 +117,14 @@ class ProgLoadAttr(Attr):
     )
 
 
+class BtfLoadAttr(Attr):
+    _fields_ = (
+        ("btf", ctypes.c_uint64),
+        ("btf_log_buf", ctypes.c_uint64),
+        ("btf_size", ctypes.c_uint32),
+    )
+
+
 class ObjectAttr(Attr):
     _fields_ = (("pathname", ctypes.c_uint64), ("bpf_fd", ctypes.c_uint32), ("file_flags", ctypes.c_uint32))
 
@@ -146,6 +155,8 @@ class InfoAttr(Attr):
 
 
 class QueryAttr(Attr):
+    """Complete: the kernel writes `revision` whatever size it was told."""
+
     _fields_ = (
         ("target_ifindex", ctypes.c_uint32),
         ("attach_type", ctypes.c_uint32),
@@ -153,6 +164,10 @@ class QueryAttr(Attr):
         ("attach_flags", ctypes.c_uint32),
         ("prog_ids", ctypes.c_uint64),
         ("count", ctypes.c_uint32),
+        ("prog_attach_flags", ctypes.c_uint64),
+        ("link_ids", ctypes.c_uint64),
+        ("link_attach_flags", ctypes.c_uint64),
+        ("revision", ctypes.c_uint64),
     )
 
 

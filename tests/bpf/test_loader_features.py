@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Probes: what is there is found, what is not is named, nothing stays behind."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from datapath import features
+from datapath.drivers.ebpf import devices, uapi
+from datapath.drivers.ebpf.uapi import QueryAttr
+
+WITHOUT = """
+import ctypes, sys
+from datapath import features
+libc = ctypes.CDLL(None)
+PR_CAPBSET_DROP = 24
+for number in (12, 19, 21, 38, 39):
+    assert libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0) == 0
+import os
+os.execv(sys.executable, [sys.executable, "-c",
+    "from datapath import features\\n"
+    "for one in features.probe():\\n"
+    "    print(one.name, one.there, one.remedy, sep='|')"])
+"""
+
+
+def traces() -> tuple[set[str], set[str], int]:
+    """Devices, mounts and descriptors."""
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    mine = {line for line in mounts if "migrator-probe" in line or "/nowhere" in line}
+    return set(devices.links()), mine, len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_this_machine_has_what_the_switch_needs() -> None:
+    before = traces()
+    found = features.probe({"bpffs": "/nowhere/bpf"})
+    names = [feature.name for feature in found]
+    assert len(names) == len(set(names)) == len(features.PROBES)
+    assert [feature for feature in features.missing(found) if feature.name != "BPF programs"] == []
+    assert next(one.detail for one in found if one.name == "bpffs") == "will be mounted at /nowhere/bpf"
+    assert traces() == before
+
+
+def test_a_process_without_rights_is_told_each() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True, timeout=60)
+    there = {line.split("|")[0]: line.split("|")[1] == "True" for line in run.stdout.splitlines()}
+    for name in ("CAP_NET_ADMIN", "CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN", "CAP_SYS_PTRACE"):
+        assert not there[name]
+    assert not there["tap with vnet header"]
+    assert not there["bpffs"]
+    assert there["libbpf 1.0"]
+    assert all(line.split("|")[2] for line in run.stdout.splitlines()), "each says how to get it"
+
+
+def test_a_probe_that_fails_is_a_missing_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr(features, "PROBES", (features.Probe("thing", fails, "buy one", devices=True),))
+    found = features.probe()
+    assert features.missing(found) == found
+    assert "not supported" in found[0].detail
+    assert found[0].remedy == "buy one"
+
+
+def test_attributes_that_the_kernel_writes_are_complete() -> None:
+    """BPF_PROG_QUERY writes `revision` even past the size that it was told: it must be memory of ours."""
+    assert QueryAttr.revision.offset == 56
+    assert ctypes.sizeof(QueryAttr) == 64
+    assert ctypes.sizeof(uapi.BatchAttr) == 56
