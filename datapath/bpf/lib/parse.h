@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Frame -> struct packet. Bytes are read by bpf_skb_load_bytes, so a frame whose head is not linear is read as well.
+ * Frame -> struct packet. Bytes are read from the linear head or, where they are not in it, by bpf_skb_load_bytes.
  */
 #pragma once
 
@@ -15,6 +15,20 @@
 #define IPV4_OFFSET_MASK 0x1fff
 #define IPV4_MORE_FRAGMENTS 0x2000
 
+/* Copies bytes of the frame: from its linear head, where headers nearly always are (the helper costs five times as much,
+ * and is called for each header). Returns 0, or an error when the frame is shorter. */
+static __always_inline int packet_load(struct __sk_buff *skb, __u32 offset, void *to, __u32 size)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	offset &= 0x7fff; /* the verifier wants packet offsets bounded */
+	asm volatile("" : "+r"(offset));
+	if (data + offset + size > end)
+		return bpf_skb_load_bytes(skb, offset, to, size);
+	__builtin_memcpy(to, data + offset, size);
+	return 0;
+}
+
 /* Where L3 begins and what it is. At egress of a locally sent frame a VLAN tag is still in the data: one is skipped. */
 static __always_inline int parse_ethernet(struct __sk_buff *skb, struct packet *pkt)
 {
@@ -22,13 +36,13 @@ static __always_inline int parse_ethernet(struct __sk_buff *skb, struct packet *
 	__be16 vlan[2];
 	__be16 proto;
 
-	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
+	if (packet_load(skb, 0, &eth, sizeof(eth)))
 		return DROP_MALFORMED;
 	pkt->group = eth.h_dest[0] & 1;
 	pkt->l3_offset = sizeof(eth);
 	proto = eth.h_proto;
 	if (proto == bpf_htons(ETH_P_8021Q) || proto == bpf_htons(ETH_P_8021AD)) {
-		if (bpf_skb_load_bytes(skb, sizeof(eth), vlan, sizeof(vlan)))
+		if (packet_load(skb, sizeof(eth), vlan, sizeof(vlan)))
 			return DROP_MALFORMED;
 		pkt->l3_offset += sizeof(vlan);
 		proto = vlan[1];
@@ -50,7 +64,7 @@ static __always_inline __u32 parse_ipv4(struct __sk_buff *skb, struct packet *pk
 	struct iphdr ip;
 	__u16 fragment;
 
-	if (bpf_skb_load_bytes(skb, pkt->l3_offset, &ip, sizeof(ip)))
+	if (packet_load(skb, pkt->l3_offset, &ip, sizeof(ip)))
 		return 0;
 	if (ip.version != 4 || ip.ihl < 5)
 		return 0;
@@ -92,7 +106,7 @@ static __always_inline int parse_ipv6_extensions(struct __sk_buff *skb, struct p
 		case IPPROTO_DSTOPTS:
 			if (pkt->fragment != FRAGMENT_NONE)
 				return DROP_MALFORMED;
-			if (bpf_skb_load_bytes(skb, pkt->l4_offset, &header, sizeof(header)))
+			if (packet_load(skb, pkt->l4_offset, &header, sizeof(header)))
 				return DROP_MALFORMED;
 			pkt->proto = header.nexthdr;
 			pkt->l4_offset += (header.reserved + 1) * 8; /* here the header's own length */
@@ -100,7 +114,7 @@ static __always_inline int parse_ipv6_extensions(struct __sk_buff *skb, struct p
 		case IPPROTO_FRAGMENT:
 			if (pkt->fragment != FRAGMENT_NONE)
 				return DROP_MALFORMED;
-			if (bpf_skb_load_bytes(skb, pkt->l4_offset, &header, sizeof(header)))
+			if (packet_load(skb, pkt->l4_offset, &header, sizeof(header)))
 				return DROP_MALFORMED;
 			pkt->proto = header.nexthdr;
 			pkt->l4_offset += sizeof(header);
@@ -123,7 +137,7 @@ static __always_inline __u32 parse_ipv6(struct __sk_buff *skb, struct packet *pk
 {
 	struct ipv6hdr ip;
 
-	if (bpf_skb_load_bytes(skb, pkt->l3_offset, &ip, sizeof(ip)) || ip.version != 6)
+	if (packet_load(skb, pkt->l3_offset, &ip, sizeof(ip)) || ip.version != 6)
 		return 0;
 	addr_copy(direction == FROM_GUEST ? pkt->laddr : pkt->raddr, (__be32 *)&ip.saddr);
 	addr_copy(direction == FROM_GUEST ? pkt->raddr : pkt->laddr, (__be32 *)&ip.daddr);
@@ -144,7 +158,7 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 
 	if (!tcp && pkt->proto != IPPROTO_UDP && pkt->proto != IPPROTO_ICMP && pkt->proto != IPPROTO_ICMPV6)
 		return 0;
-	if (bpf_skb_load_bytes(skb, pkt->l4_offset, head, 8))
+	if (packet_load(skb, pkt->l4_offset, head, 8))
 		return -1;
 	if (!tcp && pkt->proto != IPPROTO_UDP) {
 		pkt->icmp_type = head[0];
@@ -156,7 +170,7 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 	pkt->rport = direction == FROM_GUEST ? ports[1] : ports[0];
 	if (!tcp)
 		return 8;
-	if (bpf_skb_load_bytes(skb, pkt->l4_offset + 8, head + 8, sizeof(head) - 8) || head[12] >> 4 < 5)
+	if (packet_load(skb, pkt->l4_offset + 8, head + 8, sizeof(head) - 8) || head[12] >> 4 < 5)
 		return -1;
 	pkt->tcp_flags = head[13];
 	return (head[12] >> 4) * 4;
