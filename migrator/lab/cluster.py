@@ -106,6 +106,7 @@ class Cluster(Lab):
                 "underlay": self.underlay(host),
                 "uplinks": [UPLINK],
                 "slots": 64,
+                "sweep_interval_s": 0.5,
                 **self.driver_options,
             },
             "guests": {"driver": "process", "directory": str(base / "guests")},

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,8 +53,11 @@ def make(name: str) -> None:
 
 
 def remove(name: str) -> None:
-    """Remove a namespace; one that is not there is no error."""
+    """Remove a namespace with all that still runs in it; one that is not there is no error."""
     if path(name).exists():
+        for process in run(["ip", "netns", "pids", name]).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
         ip("netns", "del", name)
 
 
