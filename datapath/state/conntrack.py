@@ -23,6 +23,14 @@ STATES = {
     "REPLIED": 17,
 }
 
+REPLIED = 1 << 0
+ASSURED = 1 << 1
+INBOUND = 1 << 2
+LEARNED = 1 << 3
+FLAGS = {REPLIED: "REPLIED", ASSURED: "ASSURED", INBOUND: "INBOUND", LEARNED: "LEARNED"}
+
+PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp"}
+
 CONNTRACK = Kind(
     name="conntrack",
     version=1,
@@ -33,11 +41,13 @@ CONNTRACK = Kind(
         "raddr": Column("V16"),
         "lport": Column("<u2"),  # ICMP echo: identifier; fragments: high half of the id
         "rport": Column("<u2"),  # ICMP echo: 0; fragments: low half of the id
-        "proto": Column("u1"),  # IANA number
+        "proto": Column("u1", labels=PROTOCOLS),  # IANA number
         "type": Column("u1", 0, values=frozenset({0, 1})),  # 0 connection, 1 fragment record
         "from": Column("u1", 0, values=frozenset({0, 1})),  # fragments: 1 from the guest
-        "state": Column("u1", values=frozenset(STATES.values())),  # number in STATES
-        "flags": Column("u1", 0),  # REPLIED, ASSURED, INBOUND, LEARNED
+        "state": Column(
+            "u1", values=frozenset(STATES.values()), labels={v: k for k, v in STATES.items()}
+        ),  # number in STATES
+        "flags": Column("u1", 0, bits=FLAGS),  # REPLIED, ASSURED, INBOUND, LEARNED
         "age_ns": Column("<u8", 0),  # since the last packet, at the table's port_time_ns
         "id": Column("<u8"),
         "judged": Column("<u4", 0),  # digest of the policy it was judged under, 0: judge again
@@ -48,11 +58,6 @@ CONNTRACK = Kind(
         "bytes_to": Column("<u8", 0, accounting=True),
     },
 )
-
-REPLIED = 1 << 0
-ASSURED = 1 << 1
-INBOUND = 1 << 2
-LEARNED = 1 << 3
 
 TIMEOUTS: dict[str, tuple[int, int]] = {
     # name -> (index in struct port.timeouts, default in milliseconds)

@@ -42,13 +42,16 @@ class Op(enum.StrEnum):
 class Column:
     """One column: NumPy dtype (explicit byte order) and the value that readers take when a snapshot lacks it.
 
-    `default` None: the column is required. `values`: what it may hold, empty for anything.
+    `default` None: the column is required. `values`: what it may hold, empty for anything. For people: `labels` names
+    values, `bits` names bits.
     """
 
     dtype: str
     default: int | bytes | None = None
     accounting: bool = False
     values: frozenset[int] = frozenset()
+    labels: Mapping[int, str] = field(default_factory=dict)
+    bits: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

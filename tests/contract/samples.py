@@ -81,26 +81,30 @@ def _fdb(count: int) -> Table:
 
 
 def _conntrack(count: int) -> Table:
-    random = np.random.default_rng(20_261_123)
     columns = empty_columns(KINDS["conntrack"], count)
     numbers = np.arange(count, dtype="<u4")
     tcp = numbers % 3 != 0
     columns["laddr"] = _mapped(np.full(count, 0x0A000005, dtype=">u4"))
     columns["raddr"] = _mapped((0x0B000000 + numbers).astype(">u4"))
     columns["lport"] = np.where(tcp, 443, 53).astype("<u2")
-    columns["rport"] = random.integers(1024, 65_536, count).astype("<u2")
+    columns["rport"] = _random(1, 1024, 65_536, count).astype("<u2")
     columns["proto"] = np.where(tcp, 6, 17).astype("u1")
     columns["state"] = np.where(tcp, STATES["ESTABLISHED"], STATES["REPLIED"]).astype("u1")
     columns["flags"] = np.where(numbers % 2, REPLIED | ASSURED | INBOUND, REPLIED | ASSURED).astype("u1")
-    columns["age_ns"] = random.integers(0, 20_000_000_000, count).astype("<u8")
-    columns["id"] = random.integers(1, 1 << 63, count).astype("<u8")
+    columns["age_ns"] = _random(2, 0, 20_000_000_000, count)
+    columns["id"] = _random(3, 1, 1 << 63, count)
     columns["judged"] = np.full(count, 0xABCD1234, dtype="<u4")
     columns["mark"] = (numbers % 16).astype("<u4")
-    for name in ("packets_from", "packets_to"):
-        columns[name] = random.integers(1, 10_000, count).astype("<u8")
-    for name in ("bytes_from", "bytes_to"):
-        columns[name] = random.integers(64, 10_000_000, count).astype("<u8")
+    for seed, name in enumerate(("packets_from", "packets_to"), start=4):
+        columns[name] = _random(seed, 1, 10_000, count)
+    for seed, name in enumerate(("bytes_from", "bytes_to"), start=6):
+        columns[name] = _random(seed, 64, 10_000_000, count)
     return Table("conntrack", columns=columns, port_time_ns=PORT_TIME_NS)
+
+
+def _random(seed: int, low: int, high: int, count: int) -> NDArray[np.uint64]:
+    """Random numbers whose first ones are the same for every count."""
+    return np.random.default_rng(seed).integers(low, high, count, dtype=np.uint64)
 
 
 def _mapped(addresses: NDArray[Any]) -> NDArray[Any]:
