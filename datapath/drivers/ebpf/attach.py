@@ -126,7 +126,7 @@ class TcxAttachments(Attachments):
 class ClsactAttachments(Attachments):
     """Direct-action filters of one priority and handle, known by their name: that of the switch and the program's id.
 
-    (pyroute2 does not read TCA_BPF_ID.)
+    (pyroute2 does not read TCA_BPF_ID.) Each call has a socket of its own: any thread may call.
     """
 
     _PARENTS = {Direction.INGRESS: 0xFFFFFFF2, Direction.EGRESS: 0xFFFFFFF3}  # noqa: RUF012
@@ -135,14 +135,12 @@ class ClsactAttachments(Attachments):
 
     def __init__(self, instance: str) -> None:
         self._name = f"migrator-{instance}:"
-        self._route = IPRoute()
 
     def attach(self, ifindex: int, direction: Direction, program: int) -> None:
-        what = f"attach {direction} of device {ifindex}"
-        with kernel_errors(what, errno.EEXIST):
-            self._route.tc("add", "clsact", ifindex)
-        with kernel_errors(what):
-            self._route.tc(
+        with IPRoute() as route, kernel_errors(f"attach {direction} of device {ifindex}"):
+            with kernel_errors("add clsact", errno.EEXIST):
+                route.tc("add", "clsact", ifindex)
+            route.tc(
                 "replace-filter",
                 "bpf",
                 ifindex,
@@ -156,47 +154,35 @@ class ClsactAttachments(Attachments):
             )
 
     def detach(self, ifindex: int, direction: Direction) -> None:
-        if not any(self._filters(ifindex, direction)):
-            return
-        with kernel_errors(f"detach {direction} of device {ifindex}", errno.ENOENT, errno.ENODEV, errno.EINVAL):
-            self._route.tc(
-                "del-filter",
-                "bpf",
-                ifindex,
-                handle=self._HANDLE,
-                parent=self._PARENTS[direction],
-                prio=self._PRIORITY,
-            )
-        if not any(self._all_filters(ifindex)):
-            with kernel_errors(f"delete clsact of device {ifindex}", errno.ENOENT, errno.ENODEV, errno.EINVAL):
-                self._route.tc("del", "clsact", ifindex)
+        gone = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
+        with IPRoute() as route, kernel_errors(f"detach {direction} of device {ifindex}", *gone):
+            if any(self._filters(route, ifindex, direction)):
+                parent = self._PARENTS[direction]
+                route.tc("del-filter", "bpf", ifindex, handle=self._HANDLE, parent=parent, prio=self._PRIORITY)
+                if not any(any(route.get_filters(ifindex, parent=parent)) for parent in self._PARENTS.values()):
+                    route.tc("del", "clsact", ifindex)
 
     def attached(self) -> list[Attachment]:
-        devices = [link["index"] for link in self._route.get_links()]
-        found = [
-            Attachment(ifindex, direction, program)
-            for ifindex in devices
-            for direction in Direction
-            for program in self._filters(ifindex, direction)
-        ]
+        with IPRoute() as route:
+            found = [
+                Attachment(link["index"], direction, program)
+                for link in route.get_links()
+                for direction in Direction
+                for program in self._filters(route, link["index"], direction)
+            ]
         return sorted(found, key=_order)
 
     def close(self) -> None:
-        self._route.close()
+        pass
 
-    def _filters(self, ifindex: int, direction: Direction) -> Iterator[int]:
+    def _filters(self, route: IPRoute, ifindex: int, direction: Direction) -> Iterator[int]:
         """Program ids of this switch's filters."""
         with contextlib.suppress(NetlinkError):  # no clsact there, or no such device
-            for item in self._route.get_filters(ifindex, parent=self._PARENTS[direction]):
+            for item in route.get_filters(ifindex, parent=self._PARENTS[direction]):
                 options = item.get_attr("TCA_OPTIONS")
-                name = options.get_attr("TCA_BPF_NAME") if options is not None else ""
+                name = (options.get_attr("TCA_BPF_NAME") or "") if options is not None else ""
                 if name.startswith(self._name):
                     yield int(name.removeprefix(self._name))
-
-    def _all_filters(self, ifindex: int) -> Iterator[object]:
-        with contextlib.suppress(NetlinkError):
-            for parent in self._PARENTS.values():
-                yield from self._route.get_filters(ifindex, parent=parent)
 
 
 def _order(attachment: Attachment) -> tuple[int, str]:
