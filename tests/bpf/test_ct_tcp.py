@@ -10,8 +10,18 @@ from .model import MODEL
 from .probe import ACK, BOTH, FIN, FROM, FROM_ONLY, RST, SYN, TO, Probe, flags, state
 
 # net/netfilter/nf_conntrack_proto_tcp.c, tcp_conntracks: rows by flag, columns by state
-STATES = "SYN_SENT SYN_RECV ESTABLISHED FIN_WAIT CLOSE_WAIT LAST_ACK TIME_WAIT CLOSE SYN_SENT2".split()
-SHORT = dict(zip("SS SR ES FW CW LA TW CL S2".split(), STATES, strict=True))
+SHORT = {
+    "SS": "SYN_SENT",
+    "SR": "SYN_RECV",
+    "ES": "ESTABLISHED",
+    "FW": "FIN_WAIT",
+    "CW": "CLOSE_WAIT",
+    "LA": "LAST_ACK",
+    "TW": "TIME_WAIT",
+    "CL": "CLOSE",
+    "S2": "SYN_SENT2",
+}
+STATES = list(SHORT.values())
 KINDS = {"syn": SYN, "synack": SYN | ACK, "fin": FIN | ACK, "ack": ACK, "rst": RST}
 ORIGINAL = {
     "syn": "SS IG IG IG IG IG SS SS S2",
@@ -119,8 +129,17 @@ def test_a_syn_after_the_end_is_a_new_connection(ports: type[Probe], opener: int
     port.track()
     key = port.key(TCP)
     opened = MODEL.CT_F_INBOUND if opener else 0
-    port.put(key, MODEL.CT_TIME_WAIT, MODEL.CT_F_REPLIED | opened, id=0x55AA, mark=9, packets=(5, 6), bytes=(7, 8),
-             carried_packets=(1, 1), carried_bytes=(1, 1))
+    port.put(
+        key,
+        MODEL.CT_TIME_WAIT,
+        MODEL.CT_F_REPLIED | opened,
+        id=0x55AA,
+        mark=9,
+        packets=(5, 6),
+        bytes=(7, 8),
+        carried_packets=(1, 1),
+        carried_bytes=(1, 1),
+    )
     assert port.tcp(again, SYN) == MODEL.DROP_NONE
     entry = port.entry(key)
     assert state(entry) == MODEL.CT_SYN_SENT
