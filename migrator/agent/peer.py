@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -15,9 +15,16 @@ from datapath.errors import Error
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent.destination import DestinationEnd
+from migrator.agent.ends import Ends
 from migrator.lifecycle import destination_words as words
 
 BEGIN_S = 10.0
+_SETTLED = (
+    pb.FromDestination(ready=pb.Empty()),
+    pb.FromDestination(opened=pb.Opened()),
+    pb.FromDestination(settled=pb.Empty()),
+)
+"""What a source hears that lost the stream before it heard so the first time."""
 
 
 class _Source:
@@ -38,17 +45,22 @@ class _Source:
 
 
 class PeerService(rpc.PeerServicer):
-    """`find` gives the destination's end of a migration here, or None."""
+    """`ends` knows the migrations that come here, and those that came."""
 
-    def __init__(self, find: Callable[[str], DestinationEnd | None]) -> None:
-        self._find = find
+    def __init__(self, ends: Ends) -> None:
+        self._ends = ends
         self._log = structlog.get_logger()
 
     async def Move(  # noqa: N802
         self, requests: AsyncIterator[pb.FromSource], context: Any
     ) -> AsyncIterator[pb.FromDestination]:
         begin = await _begin(requests)
-        end = self._find(begin.migration)
+        past = self._ends.past(begin.migration)
+        if past is not None and past.opened:
+            for message in _SETTLED:
+                yield message
+            return
+        end = self._ends.destination(begin.migration)
         if end is None or begin.epoch != end.order.epoch or not hmac.compare_digest(begin.token, end.order.token):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such migration is prepared here")
             return
@@ -77,9 +89,9 @@ class PeerService(rpc.PeerServicer):
             source.close()
 
     async def Ask(self, request: pb.MoveQuery, context: Any) -> pb.MoveState:  # noqa: N802
-        end = self._find(request.migration)
+        end = self._ends.destination(request.migration)
         if end is None:
-            return pb.MoveState(state="unknown", known=False)
+            return self._ends.past(request.migration) or pb.MoveState(state="unknown", known=False)
         return await asyncio.wait_for(end.ask(), max(context.time_remaining() or BEGIN_S, 0.001))
 
 

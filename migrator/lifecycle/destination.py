@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from migrator.lifecycle.destination_words import (
-    OVER,
     RUNNING,
     UNCOMMITTED,
     AbortAsked,
@@ -254,8 +253,8 @@ def _timeout(state: State, event: Timeout) -> Step:
 
 def _restarted(state: State, event: Restarted) -> Step:
     state = replace(state, guest=event.guest, committed=event.committed, committing=False, asked=False)
-    if state.phase in {Phase.OPEN, *OVER}:
-        return state, ()
+    if state.phase in _AGAIN:
+        return state, _AGAIN[state.phase]
     if not event.committed:
         state = replace(state, phase=Phase.FENCED)
         return _degrade(state, "the agent was restarted during the transfer") if event.guest else (state, ())
@@ -263,6 +262,13 @@ def _restarted(state: State, event: Restarted) -> Step:
         return replace(state, phase=Phase.OPENING), (Open(degraded=state.degraded),)
     return replace(state, phase=Phase.COMMITTED), (Tell("committed"),)
 
+
+_AGAIN: dict[Phase, tuple[Action, ...]] = {
+    # What the earlier run may not have done any more. All of it may be done twice.
+    Phase.OPEN: (Tell("opened"),),
+    Phase.SETTLED: (OpenBroadcast(), CloseAccounts(), Tell("settled")),
+    Phase.ABORTED: (Purge(), Tell("aborted")),
+}
 
 _HANDLERS: dict[type[Event], Callable[[State, Any], Step]] = {
     Staged: _staged,

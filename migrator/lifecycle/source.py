@@ -335,10 +335,17 @@ def _restarted(state: State, event: Restarted) -> Step:
         if state.phase in UNSURE:
             return state, (Shut(), Ask())
         return replace(state, phase=Phase.ABORTING), (Shut(), Ask(), Cancel(certain=not state.final))
-    if state.phase is Phase.REDIRECTING:
-        return state, (Redirect(),)
-    return state, (Connect(),) if state.phase is Phase.SETTLING else ()
+    return state, _AGAIN.get(state.phase, ())
 
+
+_AGAIN: dict[Phase, tuple[Action, ...]] = {
+    # What the earlier run may not have done any more. All of it may be done twice.
+    Phase.REDIRECTING: (Redirect(),),
+    Phase.SETTLING: (Connect(),),
+    Phase.STUB: (Purge(keep_redirect=True), Tell("settled")),
+    Phase.RELEASED: (Purge(keep_redirect=False),),
+    Phase.ABORTED: (Resume(), Tell("aborted")),
+}
 
 _HANDLERS: dict[type[Event], Callable[[State, Any], Step]] = {
     Probed: _probed,

@@ -1,0 +1,335 @@
+"""The agent as a whole: switch, hypervisor, coordinator, other agents, and what ties them together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+import structlog
+
+from datapath.errors import Error, FeatureMissing
+from datapath.provider import Driver, Event, PortState
+from datapath.registry import driver as driver_class
+from migrator._pb import migrator_pb2 as pb
+from migrator._pb import migrator_pb2_grpc as rpc
+from migrator.agent import metrics
+from migrator.agent.config import AgentConfig
+from migrator.agent.end import End, Surroundings
+from migrator.agent.ends import Ends
+from migrator.agent.guests import GuestEvent, guest_driver
+from migrator.agent.host import HostConfig
+from migrator.agent.link import Link
+from migrator.agent.local import AgentService
+from migrator.agent.peer import PeerService
+from migrator.agent.source import SourceEnd
+from migrator.agent.store import Store
+from migrator.agent.stream import SERVER_OPTIONS
+from migrator.agent.traces import Traces
+from migrator.errors import ConfigInvalid, error_name
+from migrator.lifecycle import source_words as leaving
+from migrator.lifecycle.machine import Guest
+
+VERSION = version("vm-netstate-migrator")
+REDIRECT_POLL_S = 1.0
+STOP_S = 2.0
+
+
+class Agent:
+    """`start`, then `stop`. The switch goes on through both. `credentials`: of servers and channels, None insecure."""
+
+    def __init__(self, config: AgentConfig, driver: Driver | None = None) -> None:
+        self.config = config
+        self.host = config.agent.host
+        self.driver = driver or driver_class(config.driver.name)()
+        self.store = Store(config.agent.state_dir)
+        self.guests = guest_driver(config.guests.driver, config.guests.all_options)
+        self.around = Surroundings(
+            host=self.host,
+            driver=self.driver,
+            guests=self.guests,
+            store=self.store,
+            settings=config.migration,
+            tell=self._tell,
+            ended=self._ended,
+        )
+        self.ends = Ends(self.around, self._instance_ended)
+        self.hosting = HostConfig(self.host, self.driver, self.around, self.store, self.ends.in_hand)
+        self.link = Link(config.agent.coordinator, self.hello, self._order, self._attached)
+        self.traces = Traces(self.driver, self.around)
+        self.peer = ""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._servers: list[Any] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._log = structlog.get_logger()
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Raises FeatureMissing when this machine lacks what the driver needs, ConfigInvalid for addresses."""
+        self._loop = asyncio.get_running_loop()
+        options = {"host": self.host, **self.config.driver.all_options}
+        missing = [f"{name}: {hint}" for name, there, hint in type(self.driver).check(options) if not there]
+        if missing:
+            raise FeatureMissing("; ".join(missing), hint="migrator doctor shows all of it")
+        await asyncio.to_thread(self.driver.start, options, self._switch_event)
+        await self.guests.start(self._guest_event)
+        await self.hosting.recall()
+        await self.ends.recall()
+        await self._serve()
+        self._go(self.link.run())
+        self._go(self._leases())
+        self._go(self._redirects())
+        self._log.info("agent started", host=self.host, driver=self.driver.name, peer=self.peer, version=VERSION)
+
+    async def _serve(self) -> None:
+        peers = grpc.aio.server(options=SERVER_OPTIONS)
+        rpc.add_PeerServicer_to_server(PeerService(self.ends), peers)  # type: ignore[no-untyped-call]
+        port = _listen(peers, self.config.agent.listen, "agent.listen")
+        await peers.start()
+        self._servers.append(peers)
+        self.peer = self.config.agent.advertise or f"{self.config.agent.listen.rpartition(':')[0]}:{port}"
+        local = grpc.aio.server(options=SERVER_OPTIONS)
+        rpc.add_AgentServicer_to_server(AgentService(self), local)  # type: ignore[no-untyped-call]
+        socket = self.config.agent.socket
+        socket.parent.mkdir(parents=True, exist_ok=True)
+        socket.unlink(missing_ok=True)
+        _listen(local, f"unix:{socket}", "agent.socket")
+        await local.start()
+        socket.chmod(0o660)
+        self._servers.append(local)
+
+    async def stop(self) -> None:
+        """Let go of everything; ports keep passing frames and migrations in hand are taken up at the next start."""
+        self.ends.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(server.stop(STOP_S / 4) for server in self._servers))
+        await self.guests.stop()
+        await asyncio.to_thread(self.around.close)
+        await asyncio.to_thread(self.driver.stop)
+        self.config.agent.socket.unlink(missing_ok=True)
+        self._log.info("agent stopped", host=self.host)
+
+    def _go(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._gone)
+
+    def _gone(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._log.error("broken", task=task.get_name(), exc_info=task.exception())
+
+    # ---- what happens on this host ----
+
+    def _switch_event(self, event: Event) -> None:
+        """From a thread of the driver's."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._switch_said, event)
+
+    def _switch_said(self, event: Event) -> None:
+        if event.what == "trace":
+            self.traces.take(event)
+        elif event.what == "opened":
+            self.ends.switch(event)
+        elif event.what in {"alarm", "full"}:
+            vm = event.ref.vm if event.ref else ""
+            self._log.warning("connection table", what=event.what, vm=vm, **dict(event.data))
+
+    def _guest_event(self, event: GuestEvent) -> None:
+        self._log.info("guest", vm=event.vm, what=event.what, reason=event.reason)
+        self.ends.guest(event)
+        self._tell(pb.FromAgent(guest=pb.GuestEvent(vm=event.vm, state=event.what, reason=event.reason)))
+
+    def _tell(self, message: pb.FromAgent) -> None:
+        self.link.send(message)
+
+    def _ended(self, end: End) -> None:
+        metrics.MIGRATIONS.labels(str(end.role), str(end.state.phase)).inc()
+        for what, count in end.report.frames.items():
+            metrics.FRAMES.labels(what).inc(count)
+        metrics.RECORDS.labels(str(end.role)).inc(end.report.entries)
+        if "downtime" in end.report.times_ms:
+            metrics.DOWNTIME.observe(end.report.times_ms["downtime"] / 1e3)
+        self.ends.ended(end)
+
+    def _instance_ended(self, vm: str, epoch: int) -> None:
+        self.hosting.note_ended(vm, epoch)
+
+    # ---- the coordinator ----
+
+    async def hello(self) -> pb.Hello:
+        statuses = await asyncio.to_thread(self.driver.ports)
+        return pb.Hello(
+            host=self.host,
+            version=VERSION,
+            driver=self.driver.name,
+            kinds=dict(self.driver.kinds()),
+            underlay=str(self.config.driver.all_options.get("underlay", "")),
+            peer=self.peer,
+            instances=[self.instance(status) for status in statuses],
+            guests={vm: str(state) for vm, state in self.guests.states().items() if state is not Guest.GONE},
+        )
+
+    def instance(self, status: Any) -> pb.Instance:
+        """A port's status as the coordinator and the CLI see it."""
+        migration, role = self.ends.instance(status.ref)
+        return pb.Instance(
+            vm=status.ref.vm,
+            mac=status.ref.mac,
+            epoch=status.ref.epoch,
+            state=str(status.state),
+            committed=status.committed,
+            migration=migration,
+            role=role,
+            redirecting=status.gate.startswith("redirect"),
+        )
+
+    def _attached(self) -> None:
+        self.ends.tell_again()
+
+    async def _order(self, message: pb.ToAgent) -> None:
+        """Orders are begun in the order in which they came; what takes long answers later."""
+        which = message.WhichOneof("message") or ""
+        body = getattr(message, which, None)
+        handler = self._orders().get(which)
+        if handler is None or body is None:
+            self._log.warning("order not understood", order=which)
+            return
+        self._go(self._carry_out(message.request, which, handler, body))
+        await asyncio.sleep(0)
+
+    def _orders(self) -> dict[str, Callable[[int, Any], Coroutine[Any, Any, None]]]:
+        return {
+            "sync": self._sync,
+            "port": self._port,
+            "remove": self._remove,
+            "places": self._places,
+            "describe": self._describe,
+            "prepare": self._prepare,
+            "start": self._start,
+            "authorise": self._authorise,
+            "abort": self._abort,
+            "end_redirect": self._end_redirect,
+            "verdict": self._verdict,
+        }
+
+    async def _carry_out(
+        self, request: int, which: str, handler: Callable[[int, Any], Coroutine[Any, Any, None]], body: Any
+    ) -> None:
+        try:
+            await handler(request, body)
+        except Error as error:
+            self._log.warning("order failed", order=which, error=str(error))
+            self._reply(request, error_name(error), error.message, error.hint)
+        except Exception as error:
+            self._log.exception("broken", order=which)
+            self._reply(request, "Error", f"{type(error).__name__}: {error}")
+
+    def _reply(self, request: int, kind: str = "", message: str = "", hint: str = "", **fields: Any) -> None:
+        if request:
+            problem = pb.Problem(kind=kind, message=message, hint=hint) if kind else None
+            self._tell(pb.FromAgent(reply=pb.Reply(request=request, problem=problem, **fields)))
+
+    async def _sync(self, request: int, sync: pb.Sync) -> None:
+        problems = await self.hosting.sync(sync)
+        for problem in problems:
+            self._log.warning("not as configured", problem=problem)
+        self._reply(request, *(("NotReady", "; ".join(problems)) if problems else ()))
+
+    async def _port(self, request: int, order: pb.PortOrder) -> None:
+        await self.hosting.port(order)
+        self._reply(request)
+
+    async def _remove(self, request: int, removal: pb.PortRemoval) -> None:
+        await self.hosting.remove(removal)
+        self._reply(request)
+
+    async def _places(self, request: int, update: pb.PlaceUpdate) -> None:
+        await self.hosting.places(update)
+        self._tell(pb.FromAgent(places=pb.PlacesKnown(revision=update.revision)))
+        self._reply(request)
+
+    async def _describe(self, request: int, order: pb.Describe) -> None:
+        self._reply(request, need=await self.ends.describe(order.vm))
+
+    async def _prepare(self, request: int, order: pb.PrepareDestination) -> None:
+        def answer(why: str) -> None:
+            self._reply(request, *(("PreflightFailed", why) if why else ()))
+
+        self.ends.prepare(order, answer)
+
+    async def _start(self, request: int, order: pb.StartSource) -> None:
+        self.ends.start(order)
+        self._reply(request)
+
+    async def _authorise(self, request: int, order: pb.Authorise) -> None:
+        self.ends.authorise(order.migration)
+        self._reply(request)
+
+    async def _abort(self, request: int, order: pb.Abort) -> None:
+        if not self.ends.abort(order):
+            self._unknown(order.migration, order.reason)
+        self._reply(request)
+
+    async def _verdict(self, request: int, order: pb.Verdict) -> None:
+        if not self.ends.verdict(order) and order.guest_at != self.host:
+            self._unknown(order.migration, "nothing of it is here")
+        self._reply(request)
+
+    def _unknown(self, migration: str, reason: str) -> None:
+        """Nothing of that migration is here, so nothing has to be undone."""
+        if self.ends.past(migration) is None:
+            problem = pb.Problem(kind="MigrationNotFound", message=reason)
+            self._tell(pb.FromAgent(progress=pb.Progress(migration=migration, event="aborted", problem=problem)))
+
+    async def _end_redirect(self, request: int, order: pb.EndRedirect) -> None:
+        await self.ends.end_redirect(order)
+        self._reply(request)
+
+    # ---- at intervals ----
+
+    async def _leases(self) -> None:
+        """States that must not outlive the agent are renewed well before they would end."""
+        while True:
+            await asyncio.sleep(self.config.migration.lease_s / 5)
+            for end in self.ends:
+                try:
+                    await end.renew_lease()
+                except Error as error:
+                    self._log.info("lease not renewed", vm=end.vm, error=str(error))
+
+    async def _redirects(self) -> None:
+        limit = self.config.migration.redirect_idle_s
+        while True:
+            await asyncio.sleep(min(REDIRECT_POLL_S, max(limit / 4, 0.05)))
+            for end in self.ends:
+                if isinstance(end, SourceEnd) and end.state.phase is leaving.Phase.STUB:
+                    idle = await end.call(end.ports.redirect_idle_s)
+                    if idle >= limit:
+                        for epoch in sorted({ref.epoch for ref in end.refs}):
+                            news = pb.RedirectIdle(vm=end.vm, epoch=epoch, idle_s=idle)
+                            self._tell(pb.FromAgent(redirect_idle=news))
+            await self._gauges()
+
+    async def _gauges(self) -> None:
+        metrics.COORDINATOR.set(self.link.connected)
+        counts = dict.fromkeys(PortState, 0)
+        for status in await asyncio.to_thread(self.driver.ports):
+            counts[status.state] += 1
+        for state, count in counts.items():
+            metrics.PORTS.labels(str(state)).set(count)
+
+
+def _listen(server: Any, address: str, key: str) -> int:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigInvalid(f"{key}: cannot listen on {address}", hint="is it in use?") from error
+    if not port:
+        raise ConfigInvalid(f"{key}: cannot listen on {address}", hint="is it in use?")
+    return int(port)

@@ -1,0 +1,178 @@
+"""This host as the coordinator wants it: networks, hosts, places, ports. Makes the switch so, or says what is not.
+
+Ports that the switch has and the coordinator does not name are left alone: they are reported, and their end is ordered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+import structlog
+
+from datapath.errors import Error, NotReady
+from datapath.provider import Driver, PortRef, PortState, PortStatus
+from migrator._pb import migrator_pb2 as pb
+from migrator.agent import orders
+from migrator.agent.end import Surroundings
+from migrator.agent.store import Store
+from migrator.errors import AlreadyMigrating
+
+CHANGEABLE = frozenset({PortState.STAGED, PortState.ACTIVE, PortState.QUIESCED})
+
+
+class HostConfig:
+    """`in_hand(vm)`: a migration of the VM is under way here, so its instances are that one's business."""
+
+    def __init__(
+        self, host: str, driver: Driver, around: Surroundings, store: Store, in_hand: Callable[[str], bool]
+    ) -> None:
+        self._host = host
+        self._driver = driver
+        self._around = around
+        self._store = store
+        self._in_hand = in_hand
+        self._lock = asyncio.Lock()
+        self._networks: dict[str, pb.Network] = {}
+        self._places: dict[tuple[str, str], str] = {}
+        self._ended = store.ended()
+        self._log = structlog.get_logger()
+
+    async def recall(self) -> None:
+        """What the coordinator said last, for a start without it. Ports are in the switch's own books."""
+        sync = self._store.sync()
+        sync.ClearField("ports")
+        async with self._lock:
+            await asyncio.to_thread(self._common, sync)
+
+    async def sync(self, sync: pb.Sync) -> list[str]:
+        """Make all of it so; returns what could not be, each a sentence."""
+        async with self._lock:
+            self._store.save_sync(sync)
+            problems = await asyncio.to_thread(self._common, sync)
+            present = _by_port(await asyncio.to_thread(self._driver.ports))
+            for order in sync.ports:
+                problems += await self._try(order, present)
+        return problems
+
+    async def port(self, order: pb.PortOrder) -> None:
+        """Make one port so. Raises what the driver does."""
+        async with self._lock:
+            present = _by_port(await asyncio.to_thread(self._driver.ports))
+            await self._around.call(order.port.vm, self._ensure, order, present)
+
+    async def remove(self, removal: pb.PortRemoval) -> None:
+        """Delete a port instance. Raises AlreadyMigrating."""
+        if self._in_hand(removal.vm):
+            raise AlreadyMigrating(f"VM {removal.vm} is being moved", hint="wait, or abort the migration first")
+        ref = PortRef(removal.vm, removal.mac, removal.epoch)
+        async with self._lock:
+            await self._around.call(removal.vm, self._driver.purge, ref)
+            self.note_ended(removal.vm, removal.epoch)
+
+    async def places(self, update: pb.PlaceUpdate) -> None:
+        async with self._lock:
+            await asyncio.to_thread(self._change_places, update.places, update.removed)
+
+    def note_ended(self, vm: str, epoch: int) -> None:
+        """An instance of this epoch has ended here: an order for it, or for an older one, comes too late."""
+        if epoch > self._ended.get(vm, -1):
+            self._ended[vm] = epoch
+            self._store.save_ended(self._ended)
+
+    def mtu(self, network: str) -> int:
+        """Bytes of an IP packet that the network carries; 1500 where nothing is said."""
+        found = self._networks.get(network)
+        return (found.mtu if found else 0) or 1500
+
+    # ---- in threads ----
+
+    def _common(self, sync: pb.Sync) -> list[str]:
+        problems = []
+        for network in sync.networks:
+            try:
+                self._driver.set_network(orders.network(network))
+            except Error as error:
+                problems.append(f"network {network.name}: {error}")
+        wanted = {network.name: network for network in sync.networks}
+        for gone in [name for name in self._networks if name not in wanted]:
+            try:
+                self._driver.remove_network(gone)
+            except NotReady as error:
+                problems.append(f"network {gone}: {error}")
+        self._networks = wanted
+        self._driver.set_hosts(dict(sync.hosts))
+        named = {(place.network, place.mac) for place in sync.places}
+        gone_places = [pb.Place(network=n, mac=m) for n, m in self._places if (n, m) not in named]
+        self._change_places(sync.places, gone_places)
+        return problems
+
+    def _change_places(self, places: Iterable[pb.Place], removed: Iterable[pb.Place]) -> None:
+        for place in removed:
+            self._places.pop((place.network, place.mac), None)
+            self._driver.remove_place(place.network, place.mac)
+        for place in places:
+            key = (place.network, place.mac)
+            if self._places.get(key) == place.host:
+                continue
+            self._places[key] = place.host
+            if place.host != self._host:  # what is here the port says, when it opens
+                self._driver.set_place(orders.place(place))
+
+    async def _try(self, order: pb.PortOrder, present: dict[tuple[str, str], list[PortStatus]]) -> list[str]:
+        try:
+            await self._around.call(order.port.vm, self._ensure, order, present)
+        except Error as error:
+            return [f"port {order.port.vm}/{order.port.mac}: {error}"]
+        return []
+
+    def _ensure(self, order: pb.PortOrder, present: dict[tuple[str, str], list[PortStatus]]) -> None:
+        ref = orders.ref(order)
+        here = present.get((ref.vm, ref.mac), [])
+        same = next((status for status in here if status.ref == ref), None)
+        if same is not None:
+            self._change(order, same)
+        elif self._in_hand(ref.vm) or ref.epoch <= self._ended.get(ref.vm, -1):
+            self._log.info("order comes too late", vm=ref.vm, mac=ref.mac, epoch=ref.epoch)
+        elif any(status.state is not PortState.STUB for status in here):
+            epochs = sorted(status.ref.epoch for status in here)
+            raise NotReady(f"instances of epochs {epochs} are here, the order is for {ref.epoch}")
+        elif order.port.host == self._host:
+            self._make(order, ref)
+
+    def _change(self, order: pb.PortOrder, status: PortStatus) -> None:
+        if status.state not in CHANGEABLE:
+            return
+        record = orders.port_record(order, self.mtu(order.port.network))
+        if status.record.get("revision", 0) <= order.revision and status.record != record:
+            self._driver.update(status.ref, record)
+        self._set_rules(order, status.ref)
+        if status.state is PortState.STAGED and not self._in_hand(status.ref.vm):
+            self._driver.open(status.ref)  # an earlier run of the agent ended between the two
+
+    def _set_rules(self, order: pb.PortOrder, ref: PortRef) -> None:
+        present = [dict(record) for table in self._driver.dump(ref, "acl") for record in table.records or ()]
+        if orders.same_rules(order, present):
+            return
+        self._driver.load(ref, orders.rules(order))
+        withdrawn = orders.withdrawn(order, present)
+        if withdrawn is not None:
+            self._driver.load(ref, withdrawn)
+
+    def _make(self, order: pb.PortOrder, ref: PortRef) -> None:
+        """A new VM: nothing is known of it, so it opens at once."""
+        self._driver.stage(ref, orders.port_record(order, self.mtu(order.port.network)), order.device)
+        try:
+            self._driver.load(ref, orders.rules(order))
+            self._driver.open(ref)
+        except Error:
+            self._driver.purge(ref)
+            raise
+        self._log.info("port opened", vm=ref.vm, mac=ref.mac, epoch=ref.epoch, device=order.device)
+
+
+def _by_port(statuses: Iterable[PortStatus]) -> dict[tuple[str, str], list[PortStatus]]:
+    found: dict[tuple[str, str], list[PortStatus]] = {}
+    for status in statuses:
+        found.setdefault((status.ref.vm, status.ref.mac), []).append(status)
+    return found

@@ -1,0 +1,89 @@
+"""The agent's stream to the coordinator: made again whenever it breaks. Nothing here waits for the coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+
+from migrator._pb import migrator_pb2 as pb
+from migrator._pb import migrator_pb2_grpc as rpc
+from migrator.agent.stream import CHANNEL_OPTIONS
+
+PAUSE_FIRST_S = 0.1
+PAUSE_LAST_S = 3.0
+MESSAGE_BYTES = 256 << 20
+
+
+class Link:
+    """`hello()` opens each stream, `take(message)` gets what the coordinator says, in order."""
+
+    def __init__(
+        self,
+        address: str,
+        hello: Callable[[], Awaitable[pb.Hello]],
+        take: Callable[[pb.ToAgent], Awaitable[None]],
+        attached: Callable[[], None],
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._address = address
+        self._hello = hello
+        self._take = take
+        self._attached = attached
+        self._credentials = credentials
+        self._outgoing: asyncio.Queue[pb.FromAgent] | None = None
+        self._log = structlog.get_logger()
+
+    @property
+    def connected(self) -> bool:
+        return self._outgoing is not None
+
+    def send(self, message: pb.FromAgent) -> None:
+        """Lost while the coordinator is away: what matters is said again when it is back."""
+        if self._outgoing is not None:
+            self._outgoing.put_nowait(message)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        pause = PAUSE_FIRST_S
+        while True:
+            began = asyncio.get_running_loop().time()
+            try:
+                await self._attach()
+            except grpc.aio.AioRpcError as error:
+                self._log.debug("no coordinator", address=self._address, error=error.details())
+            finally:
+                if self._outgoing is not None:
+                    self._log.info("coordinator lost", address=self._address)
+                self._outgoing = None
+            if asyncio.get_running_loop().time() - began > PAUSE_LAST_S:
+                pause = PAUSE_FIRST_S
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, PAUSE_LAST_S)
+
+    async def _attach(self) -> None:
+        options = [*CHANNEL_OPTIONS[2:], ("grpc.max_receive_message_length", MESSAGE_BYTES)]
+        channel = (
+            grpc.aio.secure_channel(self._address, self._credentials, options=options)
+            if self._credentials
+            else grpc.aio.insecure_channel(self._address, options=options)
+        )
+        async with channel:
+            outgoing: asyncio.Queue[pb.FromAgent] = asyncio.Queue()
+            outgoing.put_nowait(pb.FromAgent(hello=await self._hello()))
+            stub: Any = rpc.CoordinatorStub(channel)  # type: ignore[no-untyped-call]
+            async for message in stub.Attach(_messages(outgoing)):
+                if self._outgoing is None:
+                    self._outgoing = outgoing
+                    self._log.info("coordinator attached", address=self._address)
+                    self._attached()
+                await self._take(message)
+
+
+async def _messages(queue: asyncio.Queue[pb.FromAgent]) -> AsyncIterator[pb.FromAgent]:
+    while True:
+        yield await queue.get()
