@@ -16,4 +16,4 @@ def demo(context: Context, plot: Path | None) -> int:
     """Show on real traffic what is lost without the state and kept with it. Needs root; leaves nothing behind."""
     from migrator.lab import demo as lab
 
-    return int(lab.main(as_json=context.json, plot_file=plot) or 0)
+    return int(lab.main(json=context.json, plot=plot) or 0)

@@ -17,7 +17,7 @@ INTERRUPTED_HINT = "the migration goes on; `migrator migration list` shows it, `
 @click.option("--dry-run", is_flag=True, help="Prepare the destination, then undo it.")
 @click.option("--strict/--best-effort", default=False, help="Refuse rather than go on degraded. Default: best effort.")
 @click.option("--no-state", is_flag=True, help="Move the ports with empty tables: connections are lost.")
-@click.option("--timeout", type=click.FloatRange(min=1), default=0.0, metavar="SECONDS", help="Until the switchover.")
+@click.option("--timeout", type=click.FloatRange(min=1), metavar="SECONDS", help="Until the switchover.")
 @click.option("--downtime", type=click.IntRange(1), metavar="MS", help="Wanted downtime of the guest; default 300.")
 @click.option("--detach", is_flag=True, help="Print the migration's id and do not wait.")
 @pass_context
@@ -28,7 +28,7 @@ def migrate(
     dry_run: bool,
     strict: bool,
     no_state: bool,
-    timeout: float,
+    timeout: float | None,
     downtime: int | None,
     detach: bool,
 ) -> int:
@@ -42,7 +42,7 @@ def migrate(
         dry_run=dry_run,
         strict=strict,
         without_state=no_state,
-        timeout_s=timeout,
+        timeout_s=timeout or 0,
         downtime_ms=downtime or 0,
     )
     try:

@@ -144,9 +144,9 @@ class Migrations:
     async def follow(self, migration: str) -> AsyncIterator[pb.Migration]:
         """The report whenever it changes (the newest only), until it is done. Raises MigrationNotFound."""
         while (run := self._running.get(migration)) is not None:
-            news, report = run.news, orders.copy(run.report)
-            yield report
-            if report.done:
+            news, sent = run.news, orders.copy(run.report)
+            yield sent
+            if sent.done:
                 return
             await news.wait()
         report = self._store.catalog.objects["migration"].get(migration)
