@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -97,12 +98,20 @@ def test_a_reader_wakes_up_and_loses_nothing(switch: Switch) -> None:
     assert seen == [number * ROUND + kept for number in range(200) for kept in KEPT]
 
 
-def test_what_the_receiver_raises_is_not_lost(switch: Switch) -> None:
+def test_what_the_receiver_raises_is_logged_and_the_next_batch_comes(
+    switch: Switch, caplog: pytest.LogCaptureFixture
+) -> None:
+    arrived: queue.Queue[int] = queue.Queue()
+
     def deliver(events: Events) -> None:
-        raise ValueError(len(events))
+        arrived.put(len(events))
+        raise ValueError("refused")
 
     reader = Reader(switch.map_fd("events"), deliver)
     reader.start()
-    report(switch, 0)
-    with pytest.raises(ValueError, match=str(len(KEPT))):
-        reader.stop()
+    for _ in range(2):
+        report(switch, 0)
+        assert arrived.get(timeout=5) == len(KEPT)
+    reader.stop()
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+    assert "refused" in caplog.text

@@ -233,6 +233,21 @@ def test_the_watch_tells_of_every_change() -> None:
     watch.stop()
 
 
+def test_a_watch_goes_on_past_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[str] = []
+
+    def added(link: Link) -> None:
+        told.append(link.name)
+        raise ValueError(link.name)
+
+    watch = Watch(added, lambda _: None)
+    watch.start()
+    veth("a0", "a1")
+    wait_until(lambda: {"lo", "a0", "a1"} <= set(told), "all are told")
+    watch.stop()
+    assert "a change of device a0 was not handled" in caplog.text
+
+
 def test_the_tunnel_device_is_made_once_and_taken_again() -> None:
     made = devices.make_tunnel("mgr0")
     assert devices.make_tunnel("mgr0") == made

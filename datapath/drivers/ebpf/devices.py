@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import select
 import socket
@@ -20,6 +21,8 @@ from pathlib import Path
 from pyroute2 import IPRoute, NetlinkError
 
 from datapath.errors import FeatureMissing, KernelError
+
+_log = logging.getLogger(__name__)
 
 TUNNEL_PORT = 4789
 TUNNEL_MTU = 65465  # the largest: what a network may carry is decided per network, not here
@@ -65,7 +68,8 @@ class Watch:
 
     `added` and `removed` are called from a thread of the watch: at first once for each device that is there, then for
     each change. A device that is renamed, or whose name returns with another ifindex, is removed and added; one that
-    changes its MAC, MTU or state is added again. If the kernel loses messages the watch compares all anew.
+    changes its MAC, MTU or state is added again. If the kernel loses messages the watch compares all anew. What a
+    callback raises is logged, and the watch goes on.
     """
 
     def __init__(self, added: Callable[[Link], None], removed: Callable[[Link], None]) -> None:
@@ -119,10 +123,17 @@ class Watch:
             return
         if before is not None and (not there or before.name != found.name):
             del self._known[found.ifindex]
-            self._removed(before)
+            self._tell(self._removed, before)
         if there:
             self._known[found.ifindex] = found
-            self._added(found)
+            self._tell(self._added, found)
+
+    @staticmethod
+    def _tell(callback: Callable[[Link], None], found: Link) -> None:
+        try:
+            callback(found)
+        except Exception:
+            _log.exception("a change of device %s was not handled", found.name)
 
 
 def quiet(name: str) -> None:

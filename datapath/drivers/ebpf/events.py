@@ -7,6 +7,7 @@ mapped twice in a row so that no record is cut. A record is an 8-byte header and
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 import select
@@ -21,6 +22,8 @@ from datapath.drivers.ebpf import syscall
 from datapath.drivers.ebpf.layout import EVENT
 
 Events = NDArray[Any]
+
+_log = logging.getLogger(__name__)
 
 _BUSY = np.uint32(1 << 31)  # being written
 _DISCARDED = np.uint32(1 << 30)
@@ -57,8 +60,8 @@ class Ring:
 class Reader:
     """Calls `deliver` with each batch of events, from a thread of its own.
 
-    `deliver` gets a structured array of struct event (layout.EVENT), never empty. What it raises ends the reader, and
-    `stop` raises it again.
+    `deliver` gets a structured array of struct event (layout.EVENT), never empty. What it raises is logged, and the
+    next batch comes.
     """
 
     _LOOK_AGAIN_MS = 500  # should a wake-up be lost
@@ -69,7 +72,6 @@ class Reader:
         self._fd = fd
         self._deliver = deliver
         self._wake = os.eventfd(0)
-        self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
     def start(self) -> None:
@@ -81,19 +83,20 @@ class Reader:
         if self._thread.is_alive():
             self._thread.join()
         os.close(self._wake)
-        if self._failed is not None:
-            raise self._failed
 
     def _run(self) -> None:
+        with select.epoll() as poll:
+            poll.register(self._fd, select.EPOLLIN)
+            poll.register(self._wake, select.EPOLLIN)
+            while True:
+                ready = poll.poll(self._LOOK_AGAIN_MS / 1000)
+                while len(events := self._ring.read()):
+                    self._hand_over(events)
+                if any(fd == self._wake for fd, _ in ready):
+                    return
+
+    def _hand_over(self, events: Events) -> None:
         try:
-            with select.epoll() as poll:
-                poll.register(self._fd, select.EPOLLIN)
-                poll.register(self._wake, select.EPOLLIN)
-                while True:
-                    ready = poll.poll(self._LOOK_AGAIN_MS / 1000)
-                    while len(events := self._ring.read()):
-                        self._deliver(events)
-                    if any(fd == self._wake for fd, _ in ready):
-                        return
-        except Exception as error:
-            self._failed = error
+            self._deliver(events)
+        except Exception:
+            _log.exception("%d events of the switch were not handled", len(events))
