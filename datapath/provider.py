@@ -1,17 +1,17 @@
 """The interface of a switch driver, and what each call promises.
 
-One driver object runs one host's switch. All calls are synchronous and may be made from any thread, but never two at once
-for one port; calls for different ports may run side by side. A call that raises has changed nothing unless its contract
-says otherwise. Whoever implements this passes `tests/contract`.
+One driver object runs one host's switch. All calls are synchronous and may be made from any thread, but never two at
+once for one port; calls for different ports may run side by side. A call that raises has changed nothing unless its
+contract says otherwise. Whoever implements this passes `tests/contract`.
 
 The life of a port instance, and who may call what when:
 
     stage ──load*──▶ staged ──commit──▶ committed ──open──▶ active ──quiesce──▶ quiesced ──redirect──▶ stub
-      │ (new VM: stage, load, open)                  │  ▲                │  ▲                       │
+      │ (new VM: stage, load, open)                │  ▲                │  ▲                       │
       └────────────── purge ◀──────────────────────── ┘  └──── resume ────┘  └ (hold: gate shut)      └─ purge, end
 
-A port instance is known by (vm, mac, epoch). A call with a lower epoch than the instance that is here raises StaleEpoch
-and does nothing; one for an instance that is not here raises PortNotFound. A staged instance may be here beside an older
+A port instance is known by (vm, mac, epoch). A call with a lower epoch than the instance here raises StaleEpoch and
+does nothing; one for an instance that is not here raises PortNotFound. A staged instance may be here beside an older
 one of the same VM and MAC (A→B→A): the epoch tells them apart.
 """
 
@@ -173,7 +173,7 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def set_hosts(self, hosts: Mapping[str, str]) -> None:
-        """Underlay addresses of all hosts of the cluster by name; replaces what was set. Frames from others are dropped."""
+        """Underlay addresses of all hosts of the cluster by name; replaces what was set. Others' frames are dropped."""
 
     @abc.abstractmethod
     def set_place(self, place: Place) -> None:
@@ -229,7 +229,7 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def inject(self, ref: PortRef, frames: Sequence[bytes], *, judged: bool) -> int:
-        """Put frames (with vnet header) in: `judged` True to the guest past the policy, False as if the guest sent them.
+        """Put frames (with vnet header) in: `judged` to the guest past the policy, else as if the guest sent them.
 
         Returns how many were taken.
         """
@@ -240,7 +240,7 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def accept_redirect(self, ref: PortRef, channel: int, source: str) -> None:
-        """Destination: frames on `channel` from host `source` are for this port instance. Before the source redirects."""
+        """Destination: frames on `channel` from `source` are for this port instance. Before the source redirects."""
 
     @abc.abstractmethod
     def redirect(self, ref: PortRef, channel: int, host: str, judged: Sequence[bytes] = ()) -> Pumped:
@@ -273,7 +273,7 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def probe_path(self, channel: int, host: str, size: int, timeout_s: float) -> bool:
-        """Does a frame of `size` bytes sent to `host` on `channel` come back? The far end's driver echoes it."""
+        """Does a frame of `size` bytes to `host` on `channel` come back? The far end's driver echoes it."""
 
     @abc.abstractmethod
     def set_trace(self, ref: PortRef, on: bool) -> None:
@@ -283,7 +283,7 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def dump(self, ref: PortRef, kind: str) -> Iterator[Table]:
-        """All records of a kind, in tables of any size. While traffic goes on: each record that lives throughout comes once."""
+        """All records of a kind, in tables of any size. Under traffic, each record that lives throughout comes once."""
 
     @abc.abstractmethod
     def load(self, ref: PortRef, table: Table) -> Loaded:
@@ -306,7 +306,7 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def settle(self, ref: PortRef) -> Iterator[Table]:
-        """Source after the switchover: what was counted (op account), for all accounting kinds and the port's counters."""
+        """Source after the switchover: what was counted (op account), for all accounting kinds and the port itself."""
 
     @abc.abstractmethod
     def settled(self, ref: PortRef) -> None:
@@ -318,5 +318,5 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def remains(self) -> Mapping[str, Sequence[str]]:
-        """Everything of VMs that this switch holds in kernel and file system, by sort (pins, devices, taps, filters, entries)
-        and sorted: what tests compare with a host that never saw the VM."""
+        """Everything of VMs that this switch holds in kernel and file system, by sort (pins, devices, taps, filters,
+        entries) and sorted: what tests compare with a host that never saw the VM."""

@@ -1,7 +1,7 @@
 """Generate migrator/_pb from proto/: run by `make generate` and by the wheel's build.
 
-protoc writes imports by the path of the .proto file (`migrator.v1`); the code lives in `migrator._pb`, because a package
-named `proto` or a second `migrator` package would clash. The one rewrite is here.
+protoc writes imports by the path of the .proto file (`migrator.v1`); the code lives in `migrator._pb`, because a
+package named `proto` or a second `migrator` package would clash. The one rewrite is here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def main() -> int:
         return int(failed)
     (OUT / "__init__.py").write_text('"""Generated from proto/ by tools/genproto.py; not committed."""\n')
     for path in OUT.glob("*_pb2_grpc.py"):
-        path.write_text(re.sub(r"^import (\w+_pb2) as", r"from migrator._pb import \1 as", path.read_text(), flags=re.M))
+        code = path.read_text()
+        path.write_text(re.sub(r"^import (\w+_pb2) as", r"from migrator._pb import \1 as", code, flags=re.M))
     return 0
 
 
