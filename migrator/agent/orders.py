@@ -109,8 +109,10 @@ def need_message(need: Need, refs: list[PortRef]) -> pb.Need:
 
 def need_of(message: pb.Need) -> Need:
     """Raises Corrupt for records that are not a list of maps."""
+    if len(message.records) > RECORDS_BYTES:
+        raise Corrupt(f"records of the ports have {len(message.records)} bytes", field="need.records")
     try:
-        records = msgpack.unpackb(message.records, strict_map_key=True, max_buffer_size=RECORDS_BYTES)
+        records = msgpack.unpackb(message.records, strict_map_key=True)
     except (ValueError, msgpack.UnpackException) as error:
         raise Corrupt(f"records of the ports: {error}", field="need.records") from error
     if not isinstance(records, list) or not all(isinstance(r, dict) and isinstance(r.get("mac"), str) for r in records):
