@@ -37,6 +37,8 @@ int from_hold(struct __sk_buff *skb)
 		return from_hold_to(skb, port);
 	if (device->role == DEVICE_HOLD_FROM)
 		return from_hold_from(skb, port);
+	if (device->role == DEVICE_INJECT)
+		return receive(skb, port->slot, 0);
 	if (device->role == DEVICE_JUDGED)
 		return deliver(skb, device->slot, PATH_JUDGED | PATH_MOVED);
 	return drop_slot(skb, 0, TO_GUEST, DROP_NO_PORT);

@@ -114,6 +114,7 @@ enum device_role {
 	DEVICE_JUDGED = 4, /* frames that the source had judged and counted (drained from its tap): past to_port */
 	DEVICE_UPLINK = 5,
 	DEVICE_TUNNEL = 6,
+	DEVICE_INJECT = 7, /* frames of the agent as if the guest sent them now, behind those that are held */
 };
 
 struct device {

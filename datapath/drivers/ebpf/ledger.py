@@ -1,7 +1,8 @@
 """What the kernel's maps cannot tell after a restart of the agent: which port instance a slot is, and names of indexes.
 
-One JSON file a port, one for networks, one for hosts, in `state_dir`. A file is replaced by rename, so a crash leaves
-the old or the new one. The maps are the truth for everything that programs change: states, gates, clocks, tables.
+JSON files in `state_dir`: SLOT.json, SLOT.rules.json and SLOT.carried.json for a port, one for networks, one for hosts.
+A file is replaced by rename, so a crash leaves the old or the new one. The maps are the truth for everything that
+programs change: states, gates, clocks, tables.
 """
 
 from __future__ import annotations
@@ -55,12 +56,25 @@ class Ledger:
 
     def ports(self) -> list[PortEntry]:
         """Every port instance, by slot."""
-        entries = [_port_from(_read(path)) for path in self._ports.glob("*.json")]
-        return sorted(entries, key=lambda entry: entry.slot)
+        slots = sorted(int(path.stem) for path in self._ports.glob("*.json") if path.stem.isdigit())
+        return [self._port(slot) for slot in slots]
+
+    def _port(self, slot: int) -> PortEntry:
+        values = _read(self._ports / f"{slot}.json")
+        rules, carried = (_read_or_none(self._ports / f"{slot}.{part}.json") for part in ("rules", "carried"))
+        parts = {"ref": PortRef(**values["ref"]), "rules": tuple(rules or ()), "carried": carried or {}}
+        return PortEntry(**{**values, **parts})
 
     def save_port(self, entry: PortEntry, *, durable: bool = True) -> None:
-        """`durable` False: not waited for the disk, for calls within a switchover."""
-        _write(self._ports / f"{entry.slot}.json", asdict(entry), durable=durable)
+        """All but rules and what was carried. `durable` False: the disk is not waited for, within a switchover."""
+        values = {name: value for name, value in vars(entry).items() if name not in ("rules", "carried")}
+        _write(self._ports / f"{entry.slot}.json", {**values, "ref": asdict(entry.ref)}, durable=durable)
+
+    def save_rules(self, entry: PortEntry) -> None:
+        _write(self._ports / f"{entry.slot}.rules.json", entry.rules, durable=True)
+
+    def save_carried(self, entry: PortEntry) -> None:
+        _write(self._ports / f"{entry.slot}.carried.json", entry.carried, durable=True)
 
     def forget_port(self, slot: int) -> None:
         for path in self._ports.glob(f"{slot}.*"):
@@ -118,19 +132,20 @@ class Ledger:
 
     def _read_table(self, name: str) -> dict[str, Any]:
         path = self._folder / f"{name}.json"
-        return _read(path) if path.exists() else {}
+        table: dict[str, Any] = _read_or_none(path) or {}
+        return table
 
     def _write_table(self, name: str, table: Mapping[str, Any]) -> None:
         _write(self._folder / f"{name}.json", table, durable=True)
 
 
-def _port_from(values: dict[str, Any]) -> PortEntry:
-    return PortEntry(**{**values, "ref": PortRef(**values["ref"]), "rules": tuple(values["rules"])})
+def _read_or_none(path: Path) -> Any:
+    return _read(path) if path.exists() else None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Any:
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: Any = json.loads(path.read_text())
     except ValueError as error:
         raise KernelError(
             f"read {path}: {error}", 5, hint="the file was damaged; move it away and stage its port again"
@@ -138,7 +153,7 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _write(path: Path, values: Mapping[str, Any], *, durable: bool) -> None:
+def _write(path: Path, values: Any, *, durable: bool) -> None:
     partial = path.with_suffix(".partial")
     with partial.open("w") as file:
         json.dump(values, file, separators=(",", ":"))

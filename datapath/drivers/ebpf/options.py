@@ -12,7 +12,6 @@ from datapath.drivers.ebpf.devices import TUNNEL_PORT
 from datapath.drivers.ebpf.tun import NAME_MAX
 from datapath.errors import DatapathError
 
-INSTANCE_MAX = 6
 _SLOTS_LIMIT = 65_536
 
 
@@ -49,8 +48,10 @@ class Options:
         return options
 
     def _check(self) -> None:
-        if not self.instance.isalnum() or len(self.instance) > INSTANCE_MAX or not self.instance.isascii():
-            raise _wrong(f"instance {self.instance!r}", f"up to {INSTANCE_MAX} letters and digits")
+        longest = len(f"{self.tap_prefix}{self.slots - 1}t")
+        if not self.instance.isalnum() or not self.instance.isascii() or longest > NAME_MAX:
+            room = len(self.instance) + NAME_MAX - longest
+            raise _wrong(f"instance {self.instance!r}", f"up to {room} letters and digits: it is in names of devices")
         if self.underlay:
             try:
                 ipaddress.ip_address(self.underlay)
@@ -65,7 +66,7 @@ class Options:
 
     @property
     def tap_prefix(self) -> str:
-        """Of hold taps: what follows is at most 6 characters."""
+        """Of hold taps: a slot and a letter follow."""
         return f"mh{self.instance}-"
 
     @property

@@ -8,26 +8,13 @@ from typing import Any
 
 from datapath.errors import LoadRejected
 from datapath.provider import PortRef
+from datapath.state.check import checked_records
 from datapath.state.conntrack import TIMEOUTS
-from datapath.state.kind import Record
+from datapath.state.kind import Op, Record, Table
 from datapath.state.port import PORT
 
-CONNECTIONS_DEFAULT = 65_536
 CONNECTIONS_LIMIT = 4_194_304
 TIMEOUT_LIMIT_MS = (1 << 32) - 1
-
-DEFAULTS: Record = {
-    "addresses": [],
-    "antispoof": True,
-    "learning": False,
-    "trunk": {},
-    "mtu": 1500,
-    "connections_max": CONNECTIONS_DEFAULT,
-    "learned_max": 16,
-    "timeouts_ms": {},
-    "policy": "",
-    "revision": 0,
-}
 
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 _HINT = "correct the port's record; nothing was made"
@@ -35,11 +22,8 @@ _HINT = "correct the port's record; nothing was made"
 
 def checked_port(record: Record, ref: PortRef) -> Record:
     """The record with defaults for what it lacks. Raises LoadRejected naming the field."""
-    full: Record = {**PORT.defaults, **{k: v for k, v in DEFAULTS.items() if k not in PORT.defaults}, **record}
+    full = checked_records(PORT, Table(PORT.name, Op.LOAD, records=[record]))[0]
     full.pop("counters", None)
-    for name, types in PORT.fields.items():
-        if name not in PORT.accounting:
-            _check_type(name, full.get(name), types)
     _check(_MAC.fullmatch(full["mac"]) is not None, "mac", f"{full['mac']!r} is no MAC in lower case with colons")
     _check(full["mac"] == ref.mac, "mac", f"is {full['mac']}, the port's is {ref.mac}")
     _check(not int(full["mac"][:2], 16) & 1, "mac", f"{full['mac']} is a group address")
@@ -57,11 +41,6 @@ def checked_port(record: Record, ref: PortRef) -> Record:
 def _check(good: bool, name: str, what: str) -> None:
     if not good:
         raise LoadRejected(f"port: {name} {what}", hint=_HINT)
-
-
-def _check_type(name: str, value: Any, types: tuple[type, ...]) -> None:
-    wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
-    _check(not wrong, name, "is missing" if value is None else f"is {type(value).__name__}")
 
 
 def _check_range(name: str, value: Any, lowest: int, highest: int) -> None:

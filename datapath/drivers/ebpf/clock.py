@@ -1,0 +1,54 @@
+"""The kernel's clock as programs read it, and a visit to every CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import time
+from pathlib import Path
+
+from datapath.errors import KernelError
+
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283}
+_MEMBARRIER_CMD_GLOBAL = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def ktime_ns() -> int:
+    """bpf_ktime_get_ns()."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+
+def barrier() -> None:
+    """Returns when every program that ran at the call has left.
+
+    Programs at tc run with preemption off, so a thread that has run on each CPU since has seen them all out (0.07 ms;
+    waiting for RCU takes 8 ms and more). Where the agent may not run on each CPU, RCU is waited for.
+    """
+    before = os.sched_getaffinity(0)
+    try:
+        for cpu in _online():
+            os.sched_setaffinity(0, {cpu})
+    except OSError:
+        _wait_for_rcu()
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, before)
+
+
+def _online() -> list[int]:
+    """CPUs that run now; ids may have gaps."""
+    cpus: list[int] = []
+    for part in Path("/sys/devices/system/cpu/online").read_text().strip().split(","):
+        first, _, last = part.partition("-")
+        cpus.extend(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def _wait_for_rcu() -> None:
+    number = _MEMBARRIER.get(os.uname().machine, 0)
+    if _libc.syscall(number, _MEMBARRIER_CMD_GLOBAL, 0, 0) < 0:
+        raise KernelError(
+            "membarrier", ctypes.get_errno(), hint="let the agent run on all CPUs (CPUAffinity=, cpuset of its unit)"
+        )

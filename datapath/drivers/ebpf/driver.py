@@ -1,0 +1,255 @@
+"""The driver `ebpf`: the switch of this project. datapath/provider.py has the contract of every method."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from datapath import features
+from datapath.drivers.ebpf import admission, status, tun
+from datapath.drivers.ebpf.hosts import host_record
+from datapath.drivers.ebpf.instances import Instance
+from datapath.drivers.ebpf.layout import C
+from datapath.drivers.ebpf.networks import require_empty
+from datapath.drivers.ebpf.options import Options
+from datapath.drivers.ebpf.remains import remains
+from datapath.drivers.ebpf.running import Running
+from datapath.drivers.ebpf.tables import VERSIONS, Tables
+from datapath.drivers.ebpf.taps import GuestTap
+from datapath.errors import FeatureMissing, NotReady
+from datapath.provider import Driver, Event, Loaded, Need, Network, Place, PortRef, PortStatus, Pumped
+from datapath.state.kind import Record, Table
+
+
+class EbpfDriver(Driver):
+    """`_structure` is held while ports, networks or hosts are made or taken away; a switchover never waits for it."""
+
+    name = "ebpf"
+
+    def __init__(self) -> None:
+        self._running: Running | None = None
+        self._tables: Tables | None = None
+        self._structure = threading.RLock()
+
+    # ---- the host ----
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
+        Options.of(options)
+        found = features.probe(options)
+        return [(one.name, one.there, one.remedy) for one in found if one.there or one.needed]
+
+    def start(self, options: Mapping[str, Any], on_event: Callable[[Event], None]) -> None:
+        with self._structure:
+            if self._running is not None:
+                raise NotReady("the driver is running", hint="stop it first")
+            running = Running(Options.of(options), on_event)
+            running.begin()
+            self._running, self._tables = running, Tables(running)
+
+    def stop(self) -> None:
+        with self._structure:
+            if self._running is not None:
+                running, self._running, self._tables = self._running, None, None
+                running.stop()
+
+    def destroy(self) -> None:
+        with self._structure:
+            running = self._parts()
+            self._running = self._tables = None
+            running.destroy()
+
+    def kinds(self) -> Mapping[str, int]:
+        return VERSIONS
+
+    def _parts(self) -> Running:
+        if self._running is None:
+            raise NotReady("the driver is not running", hint="start it first")
+        return self._running
+
+    def _state(self) -> Tables:
+        self._parts()
+        assert self._tables is not None
+        return self._tables
+
+    def _find(self, ref: PortRef) -> Instance:
+        return self._parts().instances.find(ref)
+
+    # ---- configuration of the host ----
+
+    def set_network(self, network: Network) -> None:
+        with self._structure:
+            self._parts().networks.set(network)
+
+    def remove_network(self, name: str) -> None:
+        with self._structure:
+            parts = self._parts()
+            if not parts.networks.has(name):
+                return
+            on_it = [
+                one.ref.mac
+                for one in parts.instances
+                if name in (one.entry.record["network"], *one.entry.record["trunk"].values())
+            ]
+            require_empty(name, on_it)
+            parts.places.network_gone(parts.networks.remove(name))
+
+    def networks(self) -> Sequence[Network]:
+        return self._parts().networks.all()
+
+    def set_hosts(self, hosts: Mapping[str, str]) -> None:
+        with self._structure:
+            parts = self._parts()
+            in_use = {int(parts.kernel.ports.view["remote"][one.slot]) for one in parts.instances}
+            gone = parts.hosts.replace(hosts, in_use)
+            parts.networks.hosts_changed()
+            parts.places.host_gone(gone)
+
+    def set_place(self, place: Place) -> None:
+        self._parts().places.set(place)
+
+    def remove_place(self, network: str, mac: str) -> None:
+        self._parts().places.remove(network, mac)
+
+    # ---- life of a port ----
+
+    def probe(self, need: Need) -> list[str]:
+        parts = self._parts()
+        return admission.obstacles(need, VERSIONS, parts.networks, parts.instances)
+
+    def stage(self, ref: PortRef, record: Record, device: str) -> None:
+        with self._structure:
+            self._parts().staging.stage(ref, record, device)
+
+    def commit(self, ref: PortRef) -> None:
+        self._parts().switchover.commit(self._find(ref))
+
+    def open(self, ref: PortRef, *, broadcast: bool = True) -> Pumped:
+        return self._parts().switchover.open(self._find(ref), broadcast=broadcast)
+
+    def set_broadcast(self, ref: PortRef, on: bool) -> None:
+        flag = C.PORT_F_NO_BROADCAST
+        self._parts().words.flag(self._find(ref).slot, add=0 if on else flag, drop=flag if on else 0)
+
+    def hold(self, ref: PortRef) -> None:
+        self._parts().switchover.hold(self._find(ref))
+
+    def idle(self, ref: PortRef) -> bool | None:
+        tap = self._guest_tap(self._find(ref))
+        return None if tap is None else not tap.readable()
+
+    def quiesce(self, ref: PortRef) -> None:
+        self._parts().switchover.quiesce(self._find(ref))
+
+    def take(self, ref: PortRef) -> list[bytes]:
+        tap = self._guest_tap(self._find(ref))
+        return [] if tap is None else tap.drain()
+
+    def inject(self, ref: PortRef, frames: Sequence[bytes], *, judged: bool) -> int:
+        instance = self._find(ref)
+        if not judged:
+            return self._parts().holds.send_as_guest(instance, frames)
+        ifindex = int(self._parts().kernel.ports.view["ifindex"][instance.slot])
+        if not ifindex:
+            raise NotReady(f"port {ref.mac} has no device", hint="wait until it is there")
+        return tun.inject(ifindex, frames)
+
+    def resume(self, ref: PortRef) -> Pumped:
+        instance = self._find(ref)
+        instance.forget_guest()
+        return self._parts().switchover.resume(instance)
+
+    def accept_redirect(self, ref: PortRef, channel: int, source: str) -> None:
+        parts = self._parts()
+        address = parts.hosts.address(source)
+        parts.staging.accept(self._find(ref), channel, host_record(address))
+
+    def redirect(self, ref: PortRef, channel: int, host: str, judged: Sequence[bytes] = ()) -> Pumped:
+        instance = self._find(ref)
+        passed = self._parts().switchover.redirect(instance, channel, host, judged)
+        instance.forget_guest()
+        return passed
+
+    def redirect_idle_s(self, ref: PortRef) -> float:
+        return self._parts().switchover.redirect_idle_s(self._find(ref))
+
+    def purge(self, ref: PortRef, *, keep_redirect: bool = False) -> None:
+        with self._structure:
+            parts = self._parts()
+            instance = parts.instances.get(ref)
+            if instance is None:
+                return
+            instance.forget_guest()
+            if keep_redirect:
+                parts.staging.shrink(instance)
+            else:
+                parts.staging.purge(instance)
+            heir = parts.instances.on(instance.entry.device)
+            if heir is not None and heir is not instance:
+                parts.plugs.plug(heir)
+
+    def set_lease(self, ref: PortRef, seconds: float | None) -> None:
+        self._parts().switchover.set_lease(self._find(ref), seconds)
+
+    def update(self, ref: PortRef, record: Record) -> None:
+        with self._structure:
+            self._parts().staging.update(self._find(ref), record)
+
+    def ports(self) -> list[PortStatus]:
+        return status.all_ports(self._parts())
+
+    def port(self, ref: PortRef) -> PortStatus:
+        return status.port(self._parts(), self._find(ref))
+
+    def probe_path(self, channel: int, host: str, size: int, timeout_s: float) -> bool:
+        parts = self._parts()
+        return parts.probe.ask(channel, parts.hosts.address(host), size, timeout_s)
+
+    def set_trace(self, ref: PortRef, on: bool) -> None:
+        flag = C.PORT_F_TRACE
+        self._parts().words.flag(self._find(ref).slot, add=flag if on else 0, drop=0 if on else flag)
+
+    def _guest_tap(self, instance: Instance) -> GuestTap | None:
+        """The queue of the port's device; None when it cannot be read."""
+        if instance.guest is None:
+            try:
+                instance.guest = GuestTap(instance.entry.device)
+            except FeatureMissing:
+                return None
+        return instance.guest
+
+    # ---- state ----
+
+    def dump(self, ref: PortRef, kind: str) -> Iterator[Table]:
+        return self._state().dump(self._find(ref), kind)
+
+    def load(self, ref: PortRef, table: Table) -> Loaded:
+        return self._state().load(self._find(ref), table)
+
+    def track(self, ref: PortRef) -> None:
+        self._parts().tracking.begin(self._find(ref))
+
+    def drain(self, ref: PortRef) -> list[Table]:
+        return self._parts().tracking.drain(self._find(ref))
+
+    def untrack(self, ref: PortRef) -> None:
+        self._parts().tracking.end(self._find(ref))
+
+    def settle(self, ref: PortRef) -> Iterator[Table]:
+        return self._state().settle(self._find(ref))
+
+    def settled(self, ref: PortRef) -> None:
+        self._state().settled(self._find(ref))
+
+    def describe(self, refs: Sequence[PortRef]) -> Need:
+        entries = [self._find(ref).entry for ref in refs]
+        return Need(
+            kinds=VERSIONS,
+            records=[dict(entry.record) for entry in entries],
+            rules_max=max((len(entry.rules) for entry in entries), default=0),
+            connections=sum(entry.record["connections_max"] for entry in entries),
+        )
+
+    def remains(self) -> Mapping[str, Sequence[str]]:
+        return remains(self._parts())

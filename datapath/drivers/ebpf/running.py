@@ -1,0 +1,222 @@
+"""A running switch: all parts of the driver, put together on the loaded programs, and what an earlier run left."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from datapath.drivers.ebpf import bpffs, loader
+from datapath.drivers.ebpf.attach import Attachments, attachments
+from datapath.drivers.ebpf.connections import Connections
+from datapath.drivers.ebpf.counters import Counters
+from datapath.drivers.ebpf.devices import Link, Watch
+from datapath.drivers.ebpf.events import Reader
+from datapath.drivers.ebpf.fdb import Fdb
+from datapath.drivers.ebpf.floods import Floods
+from datapath.drivers.ebpf.holding import Holds
+from datapath.drivers.ebpf.hosts import Hosts
+from datapath.drivers.ebpf.instances import Instance, Instances
+from datapath.drivers.ebpf.keeper import Keeper
+from datapath.drivers.ebpf.kernel import Kernel
+from datapath.drivers.ebpf.layout import C
+from datapath.drivers.ebpf.ledger import Ledger, PortEntry
+from datapath.drivers.ebpf.loader import Sizes
+from datapath.drivers.ebpf.networks import Networks
+from datapath.drivers.ebpf.options import Options
+from datapath.drivers.ebpf.pathprobe import PathProbe
+from datapath.drivers.ebpf.places import Places
+from datapath.drivers.ebpf.plugs import Plugs
+from datapath.drivers.ebpf.policies import Policies
+from datapath.drivers.ebpf.reports import Reports
+from datapath.drivers.ebpf.staging import Staging
+from datapath.drivers.ebpf.sweeper import Sweeper
+from datapath.drivers.ebpf.switchover import Switchover
+from datapath.drivers.ebpf.tracking import Tracking
+from datapath.drivers.ebpf.underlay import Underlay
+from datapath.drivers.ebpf.uplinks import Uplinks
+from datapath.drivers.ebpf.words import Words
+from datapath.errors import DatapathError
+from datapath.provider import Event
+
+_log = logging.getLogger(__name__)
+
+
+class Running:
+    """Made by start, ended by stop or destroy."""
+
+    def __init__(self, options: Options, tell: Callable[[Event], None]) -> None:
+        """Loads the programs; nothing of an earlier run is touched before `begin`."""
+        self.options, self.tell = options, tell
+        self.bpffs = Path(options.bpffs) if options.bpffs else None
+        self.pins = bpffs.pins(options.instance, self.bpffs)
+        self.ledger = Ledger(options.state)
+        sizes = Sizes(options.slots, options.networks, options.hosts, options.l2)
+        self.kernel = Kernel(loader.load(self.pins, sizes))
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.kernel.close)
+            self.attachments: Attachments = attachments(self.pins.links, options.instance)
+            undo.callback(self.attachments.close)
+            self._make_tables()
+            self._make_ports()
+            undo.pop_all()
+
+    def _make_tables(self) -> None:
+        kernel, ledger = self.kernel, self.ledger
+        self.words = Words(kernel.ports, kernel.compare_and_swap)
+        self.instances = Instances(kernel.slots)
+        self.underlay = Underlay(kernel, self.attachments, self.options)
+        self.uplinks = Uplinks(kernel, self.attachments, self.options.uplinks)
+        self.hosts = Hosts(kernel.hosts, kernel.host_index, ledger)
+        self.floods = Floods(kernel.floods)
+        self.networks = Networks(kernel, ledger, self.uplinks, self.floods, self.peers)
+        self.places = Places(kernel, self.networks, self.hosts, self.underlay.address, self.is_elsewhere)
+        self.fdb = Fdb(kernel, self.networks, self.places, ledger)
+        self.connections = Connections(kernel, self.words)
+        self.tracking = Tracking(kernel, self.words, self.connections, self.fdb)
+        self.policies = Policies(kernel)
+        self.counters = Counters(kernel, self.words)
+
+    def _make_ports(self) -> None:
+        kernel, options = self.kernel, self.options
+        self.keeper = Keeper(options.state / "keeper.sock") if options.keeper else None
+        self.holds = Holds(kernel, self.attachments, options.tap_prefix, self.keeper)
+        self.plugs = Plugs(kernel, self.attachments, self.instances, self.tell)
+        self.staging = Staging(self)
+        self.switchover = Switchover(kernel, self.words, self.fdb, self.places, self.hosts, self.holds, self.ledger)
+        self.probe = PathProbe(self.underlay.address, options.tunnel_port, kernel.channels)
+        self.reports = Reports(self.instances, self.probe, self.tell)
+        self.sweeper = Sweeper(kernel, self.words, self.instances, self.networks, self.tell, options.sweep_interval_s)
+        self.watch = Watch(self.device_added, self.device_removed)
+        self.reader = Reader(kernel.switch.map_fd("events"), self.reports.deliver)
+
+    # ---- what parts ask of each other ----
+
+    def peers(self) -> list[int]:
+        """Indexes of all other hosts."""
+        return [index for index, address in self.hosts.names().values() if address != self.underlay.address]
+
+    def is_elsewhere(self, slot: int) -> bool:
+        """Frames for the port in `slot` neither go to its device nor wait here."""
+        target, shut = self.words.gate(slot)
+        return target == C.GATE_REDIRECT and not shut and not self.kernel.ports.load(slot, "held_to")
+
+    def device_added(self, link: Link) -> None:
+        """From the watch's thread."""
+        with self._logged(f"device {link.name} appeared"):
+            if link.name in self.uplinks.names and self.uplinks.ifindex(link.name) not in (0, link.ifindex):
+                self.networks.uplink_changed(link.name)
+            self.plugs.added(link)
+
+    def device_removed(self, link: Link) -> None:
+        """From the watch's thread."""
+        with self._logged(f"device {link.name} disappeared"):
+            self.plugs.removed(link)
+
+    @contextlib.contextmanager
+    def _logged(self, what: str) -> Iterator[None]:
+        """Nobody is there to be told by an exception."""
+        try:
+            yield
+        except DatapathError:
+            _log.exception("%s: the switch could not follow", what)
+
+    # ---- begin ----
+
+    def begin(self) -> None:
+        """Take over what an earlier run left, then start the threads."""
+        self.underlay.start()
+        self.hosts.restore()
+        self.networks.restore()
+        self._restore_ports()
+        self.ledger.save_boot(self.kernel.boot())
+        self.watch.start()
+        self.reader.start()
+        self.sweeper.start()
+
+    def _restore_ports(self) -> None:
+        rebooted = self.ledger.boot() != self.kernel.boot()
+        entries = self.ledger.ports()
+        for entry in entries:
+            self.instances.claim(entry.slot)
+        alive = [entry for entry in entries if self._is_alive(entry)]
+        self.policies.restore([(entry.slot, entry.rules) for entry in alive if entry.state != "stub"])
+        for entry in alive:
+            self._adopt(entry)
+        for entry in entries:
+            if entry in alive:
+                continue
+            if rebooted and entry.state != "stub":
+                self._make_anew(entry)
+            else:
+                self.staging.wipe(entry.slot)
+        self._free_strangers()
+
+    def _is_alive(self, entry: PortEntry) -> bool:
+        word = self.words.word(entry.slot)
+        return word.state != C.PORT_FREE and word.epoch == entry.ref.epoch
+
+    def _adopt(self, entry: PortEntry) -> None:
+        table = self.kernel.conntracks.inner(entry.slot) or self.kernel.conntracks.new(1)  # a stub has none
+        instance = Instance(entry, table, *self.holds.take_over(entry.slot))
+        self.kernel.ports.view["hold_to"][entry.slot] = instance.hold_to.ifindex
+        self.kernel.ports.view["hold_from"][entry.slot] = instance.hold_from.ifindex
+        instance.hold_began = self.holds.overflowed(instance)
+        self.tracking.restore(instance)
+        self.instances.add(instance)
+        self.plugs.restore(instance)
+
+    def _make_anew(self, entry: PortEntry) -> None:
+        """The host was rebooted: the port as configured, its tables empty."""
+        instance = self.staging.make(entry)
+        if entry.state == "active":
+            self.switchover.open(instance, broadcast=True)
+        elif entry.state == "quiesced":
+            self.words.change(entry.slot, entry.ref.epoch, (C.PORT_STAGED,), C.PORT_QUIESCED)
+
+    def _free_strangers(self) -> None:
+        """Slots in use that the ledger does not know: nobody can name such a port."""
+        used = np.flatnonzero(self.kernel.ports.view["word"] & np.uint64(0xFF)).tolist()
+        for slot in used:
+            if slot and self.instances.at(slot) is None:
+                _log.warning("slot %d is in use and not in the ledger: freed", slot)
+                self.staging.wipe(slot)
+
+    # ---- end ----
+
+    def stop(self) -> None:
+        """Let go; the switch goes on."""
+        self.sweeper.stop()
+        self.watch.stop()
+        try:
+            self.reader.stop()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        for instance in self.instances:
+            for handle in (instance.table, instance.dirty, instance.hold_to, instance.hold_from):
+                if handle is not None:
+                    handle.close()
+        self.holds.close()
+        self.attachments.close()
+        self.kernel.close()
+
+    def destroy(self) -> None:
+        """Take all of it off the host."""
+        self.sweeper.stop()
+        self.watch.stop()
+        self.reader.stop()
+        for instance in list(self.instances):
+            self.staging.purge(instance)
+        self.uplinks.detach()
+        self.underlay.destroy()
+        self.holds.destroy()
+        self._close()
+        self.pins.clear()
+        if self.bpffs is not None:
+            bpffs.unmount(self.bpffs)
+        self.ledger.destroy()

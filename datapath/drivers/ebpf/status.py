@@ -1,0 +1,36 @@
+"""What a port instance is now, put together from the kernel's words, counters and the ledger."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from datapath.drivers.ebpf.instances import Instance
+from datapath.provider import PortStatus
+
+if TYPE_CHECKING:
+    from datapath.drivers.ebpf.running import Running
+
+
+def all_ports(parts: Running) -> list[PortStatus]:
+    """By slot."""
+    return [port(parts, instance) for instance in parts.instances]
+
+
+def port(parts: Running, instance: Instance) -> PortStatus:
+    """One instance. Words are read one after the other: a port that changes meanwhile may show half of it."""
+    slot, ports = instance.slot, parts.kernel.ports
+    counters, drops = parts.counters.split(parts.counters.total(instance))
+    return PortStatus(
+        ref=instance.ref,
+        state=parts.words.state(slot),
+        committed=ports.load(slot, "commit") == instance.ref.epoch,
+        device=instance.entry.device if ports.view["ifindex"][slot] else "",
+        ifindex=int(ports.view["ifindex"][slot]),
+        record=dict(instance.entry.record),
+        gate=parts.words.gate_text(slot),
+        held_to=max(0, int(ports.view["held_to"][slot])),
+        held_from=max(0, int(ports.view["held_from"][slot])),
+        connections=instance.connections,
+        counters=counters,
+        drops=drops,
+    )

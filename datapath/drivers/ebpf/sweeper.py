@@ -1,0 +1,154 @@
+"""Ageing: connections by a program in the kernel, L2 entries from here. One thread for all ports."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from datapath.drivers.ebpf.clock import ktime_ns
+from datapath.drivers.ebpf.instances import Instance, Instances
+from datapath.drivers.ebpf.kernel import Kernel
+from datapath.drivers.ebpf.layout import CT_KEY, C
+from datapath.drivers.ebpf.networks import Networks
+from datapath.drivers.ebpf.words import Words
+from datapath.errors import DatapathError, KernelError
+from datapath.provider import Event
+
+INTERVAL_S = 5.0
+INTERVAL_MIN_S = 0.2
+ALARM = 0.8
+_ALARM_ENDS = 0.7
+_log = logging.getLogger(__name__)
+
+
+class Sweeper:
+    """`interval_s`: between two sweeps of a port at most; a port with short timeouts is swept more often."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        words: Words,
+        instances: Instances,
+        networks: Networks,
+        tell: Callable[[Event], None],
+        interval_s: float = INTERVAL_S,
+    ) -> None:
+        self._kernel, self._words, self._instances, self._networks = kernel, words, instances, networks
+        self._tell, self._interval_s = tell, interval_s
+        self._due: dict[int, int] = {}
+        self._alarmed: set[int] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        due_l2 = 0
+        while not self._stop.wait(min(INTERVAL_MIN_S, self._interval_s)):
+            try:
+                self._sweep_due()
+                if ktime_ns() >= due_l2:
+                    self.age_l2()
+                    due_l2 = ktime_ns() + int(self._interval_s * 1e9)
+            except DatapathError:
+                _log.exception("a sweep failed; the next one goes on")
+
+    def _sweep_due(self) -> None:
+        now = ktime_ns()
+        for instance in self._instances:
+            if self._due.get(instance.slot, 0) <= now and self._words.running(instance.slot):
+                self.sweep(instance)
+                self._due[instance.slot] = ktime_ns() + int(self._pause_s(instance) * 1e9)
+
+    def _pause_s(self, instance: Instance) -> float:
+        timeouts = self._kernel.ports.view["timeouts"][instance.slot]
+        shortest = int(timeouts[timeouts > 0].min(initial=1 << 31)) / 1000
+        return max(INTERVAL_MIN_S, min(self._interval_s, shortest / 4))
+
+    def sweep(self, instance: Instance) -> None:
+        """Expire what is old, and make room before the table is full."""
+        counts = self._control("ct_expire", instance)
+        if counts is None:
+            return
+        instance.connections = int(counts["live"][0])
+        self._alarm(instance)
+
+    def _alarm(self, instance: Instance) -> None:
+        room = instance.table.entries
+        used = instance.connections / room
+        if used >= ALARM:
+            if instance.slot not in self._alarmed:
+                self._alarmed.add(instance.slot)
+                data = {"connections": instance.connections, "connections_max": room}
+                self._tell(Event("alarm", instance.ref, data))
+            self._control("ct_early_drop", instance, limit=max(1, instance.connections - int(room * ALARM)))
+        elif used < _ALARM_ENDS:
+            self._alarmed.discard(instance.slot)
+
+    def _control(self, program: str, instance: Instance, limit: int = 0) -> np.ndarray | None:
+        context = self._kernel.context("ct_sweep", slot=instance.slot, limit=limit)
+        try:
+            self._kernel.run(program, context)
+        except KernelError as error:
+            if error.errno in (errno.EBUSY, errno.ENOENT):  # quiesced or purged since
+                return None
+            raise
+        return context
+
+    # ---- L2 ----
+
+    def age_l2(self) -> None:
+        """Delete learned entries that are older than their network allows, and count what each port has learned."""
+        keys, entries = self._kernel.l2.read()
+        learned = (entries["flags"] & (C.L2_F_STATIC | C.L2_F_LOCATION)) == 0
+        old = learned & (self._ages(entries) > self._limits(keys))
+        self._kernel.l2.delete_many(keys[old])
+        ours = entries["kind"] == C.L2_PORT
+        for key, slot in zip(keys[old & ours], entries["target"][old & ours].tolist(), strict=True):
+            self._note(slot, key)
+        self._correct(entries["target"][learned & ~old & ours])
+
+    def _ages(self, entries: np.ndarray) -> np.ndarray:
+        now = np.uint64(ktime_ns())
+        ages: np.ndarray = now - np.minimum(entries["seen"], now)
+        return ages
+
+    def _limits(self, keys: np.ndarray) -> np.ndarray:
+        limits = np.full(self._kernel.networks.entries, np.iinfo(np.uint64).max, np.uint64)
+        for index, network in self._networks.known().items():
+            limits[index] = int(network.ageing_s * 1e9)
+        found: np.ndarray = limits[np.minimum(keys["network"], len(limits) - 1)]
+        return found
+
+    def _note(self, slot: int, key: np.ndarray) -> None:
+        """The entry of a port that is being carried is gone: its migration wants to know."""
+        instance = self._instances.at(slot)
+        if instance is None or instance.dirty is None:
+            return
+        instance.dirty.set(l2_dirty_key(key), 1)
+
+    def _correct(self, slots: np.ndarray) -> None:
+        counts = np.bincount(slots, minlength=self._kernel.slots)
+        for instance in self._instances:
+            self._kernel.ports.view["learned"][instance.slot] = counts[instance.slot]
+
+
+def l2_dirty_key(key: np.ndarray) -> np.ndarray:
+    """Key of an L2 entry (struct l2_key) in a dirty set: enum ct_type CT_TYPE_L2."""
+    made = np.zeros(1, CT_KEY)
+    raw = made.view(np.uint8)
+    raw[:6] = np.asarray(key["mac"], np.uint8)
+    raw[16:20] = np.array([key["network"]], "<u4").view(np.uint8)
+    made["type"] = C.CT_TYPE_L2
+    record: np.ndarray = made[0]
+    return record

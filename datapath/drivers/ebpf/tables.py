@@ -1,0 +1,167 @@
+"""Dump, load, settle: kinds of state, each sent to the part that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from datapath.drivers.ebpf.acl import validate
+from datapath.drivers.ebpf.instances import Instance
+from datapath.drivers.ebpf.layout import C
+from datapath.errors import LoadRejected, NotReady, UnsupportedKind
+from datapath.provider import Loaded
+from datapath.state.acl import ACL
+from datapath.state.check import checked_records
+from datapath.state.conntrack import CONNTRACK
+from datapath.state.fdb import FDB
+from datapath.state.kind import Kind, Op, Record, Table
+from datapath.state.port import PORT
+
+if TYPE_CHECKING:
+    from datapath.drivers.ebpf.running import Running
+
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (PORT, ACL, FDB, CONNTRACK)}
+VERSIONS: Mapping[str, int] = {name: kind.version for name, kind in KINDS.items()}
+
+
+class Tables:
+    """Whoever calls sees to it that one port has one caller."""
+
+    def __init__(self, parts: Running) -> None:
+        self._words, self._staging, self._ledger = parts.words, parts.staging, parts.ledger
+        self._connections, self._fdb, self._counters = parts.connections, parts.fdb, parts.counters
+        self._loads: dict[str, Callable[[Instance, Table], Loaded]] = {
+            PORT.name: self._load_port,
+            ACL.name: self._load_acl,
+            FDB.name: lambda instance, table: self._fdb.load(instance, table, opened=self._opened(instance)),
+            CONNTRACK.name: self._load_conntrack,
+        }
+
+    # ---- dump ----
+
+    def dump(self, instance: Instance, kind: str) -> Iterator[Table]:
+        """Raises UnsupportedKind, and NotReady for a stub, at once."""
+        self._check(instance, kind)
+        if kind == PORT.name:
+            return iter([Table(PORT.name, records=[dict(instance.entry.record)])])
+        if kind == ACL.name:
+            return iter([Table(ACL.name, records=self._rules_with_hits(instance))])
+        if kind == FDB.name:
+            return iter([self._fdb.dump(instance, opened=self._opened(instance))])
+        return self._connections.dump(instance)
+
+    def _rules_with_hits(self, instance: Instance) -> list[Record]:
+        hits = self._counters.hits(instance)
+        records = []
+        for rule in instance.entry.rules:
+            packets, amount = hits.get(rule["id"], (0, 0))
+            records.append({**rule, "hits": packets, "hit_bytes": amount})
+        return records
+
+    # ---- load ----
+
+    def load(self, instance: Instance, table: Table) -> Loaded:
+        """Raises UnsupportedKind, LoadRejected, NotReady; then nothing of the table was applied."""
+        self._check(instance, table.kind)
+        return self._loads[table.kind](instance, table)
+
+    def _check(self, instance: Instance, kind: str) -> None:
+        if kind not in KINDS:
+            raise UnsupportedKind(
+                f"the ebpf driver holds no state of kind {kind!r}", hint=f"it holds {', '.join(KINDS)}"
+            )
+        if self._words.word(instance.slot).state == C.PORT_STUB:
+            raise NotReady(f"port {instance.ref.mac} is a stub: its tables are gone", hint="it only redirects")
+
+    def _opened(self, instance: Instance) -> bool:
+        """Its places are in the kernel's table."""
+        return self._words.gate(instance.slot)[0] != C.GATE_NONE
+
+    def _load_conntrack(self, instance: Instance, table: Table) -> Loaded:
+        if table.op is not Op.ACCOUNT:
+            return self._connections.load(instance, table)
+        loaded, ended = self._connections.account(instance, table)
+        if ended:
+            known = instance.entry.carried.get("ended", {})
+            amounts = {str(number): list(amount) for number, amount in ended.items()}
+            self._carry(instance, "ended", {**known, **amounts})
+        return loaded
+
+    def _load_port(self, instance: Instance, table: Table) -> Loaded:
+        records = [one for one in checked_records(PORT, table) if one["mac"] == instance.ref.mac]
+        if len(records) != len(table):
+            raise LoadRejected(
+                f"port: a record of another port than {instance.ref.mac}", hint="load it to its own port"
+            )
+        if table.op is Op.DELETE:
+            raise LoadRejected("port: a port is deleted by purge", hint="call purge")
+        for record in records:
+            if table.op is Op.LOAD:
+                self._staging.update(instance, record)
+            if "counters" in record:
+                self._carry(instance, "counters", _counts(record["counters"]))
+        return Loaded(len(records))
+
+    def _load_acl(self, instance: Instance, table: Table) -> Loaded:
+        records = checked_records(ACL, table)
+        if table.op is Op.LOAD:
+            validate(records)
+            new = {record["id"] for record in records}
+            rules = [rule for rule in instance.entry.rules if rule["id"] not in new]
+            self._staging.set_rules(instance, [*rules, *(_without_counts(record) for record in records)])
+        elif table.op is Op.DELETE:
+            gone = {record["id"] for record in records}
+            self._staging.set_rules(instance, [rule for rule in instance.entry.rules if rule["id"] not in gone])
+        self._carry_hits(instance, table.op, records)
+        return Loaded(len(records))
+
+    def _carry_hits(self, instance: Instance, op: Op, records: Sequence[Record]) -> None:
+        counted = {
+            str(record["id"]): [record.get("hits", 0), record.get("hit_bytes", 0)]
+            for record in records
+            if "hits" in record or "hit_bytes" in record
+        }
+        if counted and op is not Op.DELETE:
+            self._carry(instance, "hits", {**instance.entry.carried.get("hits", {}), **counted})
+
+    def _carry(self, instance: Instance, part: str, values: Mapping[str, object]) -> None:
+        if instance.entry.carried.get(part, {}) == values:
+            return
+        instance.entry = instance.entry.with_carried(part, values)
+        self._ledger.save_carried(instance.entry)
+
+    # ---- settle ----
+
+    def settle(self, instance: Instance) -> Iterator[Table]:
+        """What was counted, here and before: tables of op account."""
+        self._check(instance, CONNTRACK.name)
+        yield from self._connections.counted(instance)
+        yield Table(ACL.name, Op.ACCOUNT, records=self._counters.hit_records(instance))
+        counters = self._counters.total(instance)
+        yield Table(PORT.name, Op.ACCOUNT, records=[{"mac": instance.ref.mac, "counters": counters}])
+
+    def settled(self, instance: Instance) -> None:
+        """No more comes: ended connections' amounts become part of the port's counters, tombstones may go."""
+        carried = instance.entry.carried
+        if carried.get("ended"):
+            sums = dict(carried.get("counters", {}))
+            for amounts in carried["ended"].values():
+                for name, amount in zip(_ENDED, amounts, strict=True):
+                    sums[name] = sums.get(name, 0) + amount
+            self._carry(instance, "counters", sums)
+            self._carry(instance, "ended", {})
+        self._words.flag(instance.slot, drop=C.PORT_F_UNSETTLED)
+
+
+_ENDED = ("ended_packets_from", "ended_packets_to", "ended_bytes_from", "ended_bytes_to")
+
+
+def _counts(counters: Mapping[str, object]) -> dict[str, int]:
+    for name, value in counters.items():
+        if not isinstance(name, str) or type(value) is not int or value < 0:
+            raise LoadRejected(f"port: counter {name!r} is {value!r}", hint="counters are names and whole numbers")
+    return {name: value for name, value in counters.items() if isinstance(value, int)}
+
+
+def _without_counts(record: Record) -> Record:
+    return {name: value for name, value in record.items() if name not in ACL.accounting}
