@@ -187,6 +187,45 @@ def test_a_guest_s_queue_is_read_by_a_copy(guest: subprocess.Popen[str]) -> None
         assert not tap.readable()
 
 
+QEMU = """
+import fcntl, os, struct, sys
+IFF_TAP, IFF_NO_PI, IFF_MULTI_QUEUE, IFF_VNET_HDR = 2, 0x1000, 0x100, 0x4000
+TUNSETIFF, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D8
+for _ in range(2):
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", b"guest1", IFF_TAP | IFF_NO_PI | IFF_MULTI_QUEUE | IFF_VNET_HDR))
+    fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("i", 12))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_several_queues_with_qemu_s_header_are_read_without_blocking() -> None:
+    """QEMU's descriptors have a header of 12 bytes and, here, block."""
+    command = [sys.executable, "-c", QEMU]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        devices.quiet("guest1")
+        with IPRoute() as route:
+            route.link("set", ifname="guest1", state="up")
+        with GuestTap("guest1") as tap:
+            assert tap.queues == 2
+            frames = [flow(number) for number in range(64)]
+            assert tun.inject(socket.if_nametoindex("guest1"), headed(frames)) == 64
+            drained = tap.drain()
+            assert sorted(drained) == sorted(headed(frames))
+            assert tap.drain() == []
+        process.kill()
+
+
+def flow(number: int) -> bytes:
+    """A UDP frame of a flow of its own, so that frames spread over queues."""
+    udp = struct.pack("!HHHH", 1000 + number, 2000, 8 + 20, 0) + bytes(20)
+    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0, bytes(4), bytes(4))
+    return b"\xff" * 6 + b"\x02" + bytes(5) + b"\x08\x00" + ip + udp
+
+
 def test_the_copy_keeps_the_tap_alive_until_closed(guest: subprocess.Popen[str]) -> None:
     with GuestTap("guest0"):
         guest.kill()
