@@ -19,7 +19,7 @@ from migrator.agent import metrics
 from migrator.agent.config import AgentConfig
 from migrator.agent.end import End, Surroundings
 from migrator.agent.ends import Ends
-from migrator.agent.guests import GuestEvent, guest_driver
+from migrator.agent.guests import GuestDriver, GuestEvent, guest_driver
 from migrator.agent.host import HostConfig
 from migrator.agent.link import Link
 from migrator.agent.local import AgentService
@@ -38,14 +38,16 @@ STOP_S = 2.0
 
 
 class Agent:
-    """`start`, then `stop`. The switch goes on through both. `credentials`: of servers and channels, None insecure."""
+    """`start`, then `stop`. The switch goes on through both. `driver` and `guests` None: those of the configuration."""
 
-    def __init__(self, config: AgentConfig, driver: Driver | None = None) -> None:
+    def __init__(
+        self, config: AgentConfig, driver: Driver | None = None, guests: GuestDriver | None = None
+    ) -> None:
         self.config = config
         self.host = config.agent.host
         self.driver = driver or driver_class(config.driver.name)()
         self.store = Store(config.agent.state_dir)
-        self.guests = guest_driver(config.guests.driver, config.guests.all_options)
+        self.guests = guests or guest_driver(config.guests.driver, config.guests.all_options)
         self.around = Surroundings(
             host=self.host,
             driver=self.driver,

@@ -153,7 +153,7 @@ class End:
         if self.state.phase is not before.phase or isinstance(event, type(self._timeout())):
             self._arm()
         if self.state.phase is not before.phase:
-            self.log.info("phase", event=type(event).__name__, phase=str(self.state.phase), was=str(before.phase))
+            self.log.info("phase", by=type(event).__name__, phase=str(self.state.phase), was=str(before.phase))
         for action in actions:
             self._actions.put_nowait(action)
 

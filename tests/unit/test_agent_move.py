@@ -1,0 +1,146 @@
+"""A VM moves between agents with switches in memory: everything but the kernel is real."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from tests.unit.pair import MACS, eventually, world
+
+
+def test_all_ports_and_all_state_move_together(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 1000)
+            before = w.connections("a")
+            report = await w.finish(await w.migrate("b"))
+            assert (report.outcome, list(report.warnings)) == ("complete", []), report
+            assert report.leading
+            assert report.moved["conntrack"] == 2000
+            assert not report.not_moved
+            assert not w.active("a")
+            assert [ref.mac for ref in w.active("b")] == list(MACS)
+            assert w.connections("b") == before
+            await w.quiet()
+            assert not w.statuses("a")
+
+    asyncio.run(scenario())
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 100)
+            before = w.connections("a")
+            for to in ("b", "a", "b", "a"):
+                report = await w.finish(await w.migrate(to))
+                assert report.outcome == "complete", report
+                await eventually(lambda to=to: len(w.active(to)) == 2)
+            assert w.connections("a") == before
+            await w.quiet()
+            assert {ref.epoch for ref in w.active("a")} == {report.epoch}
+            assert not w.statuses("b")
+
+    asyncio.run(scenario())
+
+
+def test_without_a_hypervisor_the_commit_is_the_resume(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b", guests="none") as w:
+            w.fill("a", 10)
+            report = await w.finish(await w.migrate("b"))
+            assert report.outcome == "complete", report
+            assert len(w.active("b")) == 2
+
+    asyncio.run(scenario())
+
+
+def test_without_state_the_tables_stay_behind(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 10)
+            report = await w.finish(await w.migrate("b", without_state=True))
+            assert report.outcome == "complete", report
+            assert w.connections("b") == {mac: set() for mac in MACS}
+            rules = [len(t) for ref in w.active("b") for t in w.driver("b").dump(ref, "acl")]
+            assert rules == [1, 1]
+
+    asyncio.run(scenario())
+
+
+def test_a_guest_that_comes_back_gets_its_ports_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 10)
+            before = w.connections("a")
+            w.hypervisor.fail = True
+            report = await w.finish(await w.migrate("b"))
+            assert report.outcome == "aborted", report
+            assert w.connections("a") == before
+            await w.quiet()
+            assert not w.statuses("b")
+            w.hypervisor.fail = False
+            assert (await w.finish(await w.migrate("b"))).outcome == "complete"
+
+    asyncio.run(scenario())
+
+
+def test_a_guest_that_stops_by_itself_is_followed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 10)
+            w.hypervisor.converged = False
+            before = w.connections("a")
+            migration = await w.migrate("b")
+            await eventually(lambda: any(end.state.phase == "watching" for end in w.agents["a"].ends))
+            w.hypervisor.stop()
+            report = await w.finish(migration)
+            assert report.outcome == "complete", report
+            assert not report.leading
+            assert report.frames["may_be_lost"] == 2
+            assert w.connections("b") == before
+
+    asyncio.run(scenario())
+
+
+def test_an_operator_may_abort_while_memory_is_copied(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 10)
+            w.hypervisor.converged = False
+            migration = await w.migrate("b")
+            await eventually(lambda: any(end.state.phase == "watching" for end in w.agents["a"].ends))
+            w.cluster.migrations.abort(migration)
+            report = await w.finish(migration)
+            assert report.outcome == "aborted", report
+            assert len(w.active("a")) == 2
+            assert w.hypervisor.place == "a" and not w.hypervisor.moving
+            await w.quiet()
+            assert not w.statuses("b")
+
+    asyncio.run(scenario())
+
+
+def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            report = await w.finish(await w.migrate("b", dry_run=True))
+            assert report.outcome == "complete", report
+            await w.quiet()
+            assert len(w.active("a")) == 2
+            assert not w.statuses("b")
+
+    asyncio.run(scenario())
+
+
+def test_a_destination_without_the_network_refuses(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.driver("b").remove_network("blue")
+            report = await w.finish(await w.migrate("b"))
+            assert report.outcome == "refused", report
+            assert "blue" in report.reason
+            assert len(w.active("a")) == 2
+            await w.quiet()
+
+    asyncio.run(scenario())
