@@ -144,6 +144,24 @@ def test_held_frames_outlive_the_agent(keeper: Keeper) -> None:
     assert "hold0" not in devices.links()
 
 
+LEAVES = """
+import sys
+from pathlib import Path
+from datapath.drivers.ebpf.holds import HoldTap
+from datapath.drivers.ebpf.keeper import Keeper
+tap = HoldTap("hold1", Keeper(Path(sys.argv[1]), patience_s=1.5))
+"""
+
+
+def test_a_keeper_ends_when_the_agent_does_not_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "keeper"
+    subprocess.run([sys.executable, "-c", LEAVES, str(path)], check=True, timeout=30)
+    assert taps.holders("hold1") != [], "the keeper has it"
+    wait_until(lambda: not path.exists(), "the keeper has ended", 10)
+    wait_until(lambda: taps.holders("hold1") == [], "nobody has the tap")
+    HoldTap("hold1").destroy()
+
+
 def test_without_a_keeper_the_device_stays_alone() -> None:
     first = HoldTap("hold0")
     put(first, headed([frame(1)]))

@@ -1,8 +1,9 @@
 """A process that keeps descriptors of hold taps, so that frames wait on while the agent is gone.
 
 A tap forgets its frames when its last descriptor is closed. The agent gives each hold tap to the keeper, and takes it
-from there when it starts again. The keeper does nothing else, imports nothing of ours and ends when it has kept nothing
-for a while. Under systemd the unit needs KillMode=process, or the keeper dies with the agent.
+from there when it starts again. The keeper does nothing else, imports nothing of ours, and ends when it has kept
+nothing for a while or the agent does not come back. A tap's descriptor keeps its network namespace too: who takes down
+a host for good calls `end`. Under systemd the unit needs KillMode=process, or the keeper dies with the agent.
 
     agent -> keeper   KEEP name + descriptor | TAKE name | DROP name | LIST | END
     keeper -> agent   OK [+ descriptor] | NO | names
@@ -28,9 +29,10 @@ _SCRIPT = Path(__file__).with_name("keeper_process.py")
 class Keeper:
     """The agent's side: starts the process if there is none. Calls may come from any thread."""
 
-    def __init__(self, path: Path) -> None:
-        """`path`: unix socket in a directory that only root can write."""
+    def __init__(self, path: Path, patience_s: float = 120.0) -> None:
+        """`path`: unix socket in a directory that only root can write. `patience_s`: how long the agent may be away."""
         self._path = path
+        self._patience_s = patience_s
 
     def keep(self, name: str, fd: int) -> None:
         """Hand over a copy of a descriptor. Raises KernelError."""
@@ -92,7 +94,8 @@ class Keeper:
             listener.bind(str(self._path))
             self._path.chmod(0o600)
             listener.listen(64)
-            command = [sys.executable, "-I", "-S", str(_SCRIPT), str(listener.fileno()), str(self._path)]
+            arguments = [str(listener.fileno()), str(self._path.absolute()), str(self._patience_s)]
+            command = [sys.executable, "-I", "-S", str(_SCRIPT), *arguments]
             process = subprocess.Popen(
                 command, pass_fds=[listener.fileno()], start_new_session=True, stdin=subprocess.DEVNULL, cwd="/"
             )

@@ -1,36 +1,54 @@
 """The keeper's process: see keeper.py. Run by path, so that it loads nothing but a few modules of the library.
 
-keeper_process.py DESCRIPTOR PATH     the listening socket, and where it is
+keeper_process.py DESCRIPTOR PATH SECONDS     the listening socket, where it is, and how long an agent may be away
 """
 
 import os
 import signal
 import socket
+import struct
 import sys
+import time
 
-_IDLE_S = 30.0
+_LOOK_S = 1.0
+_PEER = struct.Struct("=3i")  # struct ucred: pid, uid, gid
 
 
-def main(descriptor: int, path: str) -> None:
+def main(descriptor: int, path: str, patience_s: float) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     kept: dict[str, int] = {}
+    agent, seen = 0, time.monotonic()
     with socket.socket(fileno=descriptor) as listener:
-        listener.settimeout(_IDLE_S)
-        while True:
+        listener.settimeout(_LOOK_S)
+        while time.monotonic() - seen < patience_s:
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
-                if not kept:
-                    break
+                if kept and alive(agent):
+                    seen = time.monotonic()
                 continue
             with connection:
                 connection.settimeout(1.0)
+                agent, seen = peer(connection), time.monotonic()
                 try:
                     if not serve(connection, kept):
                         break
                 except OSError:
                     continue  # whoever asked is gone
     os.unlink(path)  # noqa: PTH108 (pathlib is more than all the rest)
+
+
+def peer(connection: socket.socket) -> int:
+    """Process that asks."""
+    return int(_PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[0])
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
 
 
 def serve(connection: socket.socket, kept: dict[str, int]) -> bool:
@@ -61,4 +79,4 @@ def drop(kept: dict[str, int], name: str) -> None:
 
 if __name__ == "__main__":
     if os.fork() == 0:  # whoever started it waits for the parent only
-        main(int(sys.argv[1]), sys.argv[2])
+        main(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
