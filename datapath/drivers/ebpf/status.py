@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from datapath.drivers.ebpf.instances import Instance
+from datapath.errors import NotReady
 from datapath.provider import PortStatus
 
 if TYPE_CHECKING:
@@ -12,8 +14,12 @@ if TYPE_CHECKING:
 
 
 def all_ports(parts: Running) -> list[PortStatus]:
-    """By slot."""
-    return [port(parts, instance) for instance in parts.instances]
+    """By slot; an instance that is just being made or purged may be missing."""
+    found = []
+    for instance in parts.instances:
+        with contextlib.suppress(NotReady):
+            found.append(port(parts, instance))
+    return found
 
 
 def port(parts: Running, instance: Instance) -> PortStatus:
