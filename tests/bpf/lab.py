@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import fcntl
 import itertools
+import mmap
 import os
 import select
 import socket
@@ -30,6 +31,7 @@ UNDERLAY6 = ("2001:db8:1::1", "2001:db8:1::2")
 _CLONE_NEWNET = 0x40000000
 _ETH_P_ALL = 3
 _SOL_PACKET, _PACKET_AUXDATA, _PACKET_OUTGOING = 263, 8, 4
+_SO_RCVBUFFORCE = 33
 _TP_STATUS_VLAN_VALID = 1 << 4
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 _numbers = itertools.count()
@@ -81,6 +83,10 @@ class Wire:
 
     def close(self) -> None:
         self._socket.close()
+
+    def buffer(self, size: int) -> None:
+        """Bytes that may wait to be received, past the system's limit."""
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
 
     def send(self, frame: bytes) -> None:
         self._socket.send(frame)
@@ -247,6 +253,13 @@ class Lab:
     def host(self, number: int, text: str) -> None:
         self.switch.put("hosts", number, address(text))
         self.switch.put("host_index", address(text), number)
+
+    def ports_memory(self) -> mmap.mmap:
+        """The map `ports` as memory, as the agent has it."""
+        ports = self.switch.maps["ports"]
+        memory = mmap.mmap(ports.fd, ports.max_entries * ports.value_size)
+        self._stack.callback(memory.close)
+        return memory
 
     def network(self, number: int, members: list[tuple[int, int, int]] | None = None, **fields: int) -> None:
         """A network; members of its flood list as (kind, target, vlan)."""

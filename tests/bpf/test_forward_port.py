@@ -17,16 +17,17 @@ def three_ports(lab: Lab, **fields: int) -> list:
 
 def test_unknown_unicast_floods_and_the_answer_does_not(lab: Lab) -> None:
     a, b, c = three_ports(lab)
-    there = datagram(B, A, b"there")
+    behind_a, behind_b = mac(0x11), mac(0x12)  # further MACs of the guests: places are learned
+    there = datagram(behind_b, behind_a, b"there")
     a.send(there)
     assert b.receive() == there
     assert c.receive() == there
-    back = datagram(A, B, b"back")
+    back = datagram(behind_a, behind_b, b"back")
     b.send(back)
     assert a.receive() == back
     assert c.waiting() == []
-    assert lab.placed(A) == (MODEL.L2_PORT, 1)
-    assert lab.placed(B) == (MODEL.L2_PORT, 2)
+    assert lab.placed(behind_a) == (MODEL.L2_PORT, 1)
+    assert lab.placed(behind_b) == (MODEL.L2_PORT, 2)
 
 
 def test_broadcast_reaches_all_but_its_sender(lab: Lab) -> None:
@@ -56,3 +57,15 @@ def test_never_back_to_the_port_it_came_from(lab: Lab) -> None:
     a.send(datagram(B, A))
     wait_for(lambda: lab.drops(1) == {MODEL.DROP_LOOP: 1}, "drop counted")
     assert [a.waiting(), b.waiting(), c.waiting()] == [[], [], []]
+
+
+def test_a_gso_frame_counts_as_its_segments(lab: Lab) -> None:
+    a, b, _ = three_ports(lab)
+    ifindex = lab.switch.get("ports", "port", 1).ifindex
+    lab.place(B, MODEL.L2_PORT, 2)
+    frame = datagram(B, A, bytes(3500))
+    run = lab.switch.run("from_port", frame, ifindex, gso_size=1000)
+    assert run.verdict == 7
+    headers = 14 + 20 + 8
+    assert (lab.counted(1, "packets", 0), lab.counted(1, "bytes", 0)) == (4, 3500 + 4 * headers)
+    assert a.waiting() == b.waiting() == []

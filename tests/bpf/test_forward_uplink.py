@@ -84,15 +84,15 @@ def test_a_guest_reaches_the_host_behind_the_uplink(lab: Lab) -> None:
     uplink, outside, a = on_uplink(lab, 0)
     host = Wire(socket.if_indextoname(uplink))
     try:
-        a.send(datagram(HOST, A, b"to the host"))
-        assert host.receive() == datagram(HOST, A, b"to the host")
-        a.send(datagram(BROADCAST, A, b"to all"))
-        assert host.receive() == datagram(BROADCAST, A, b"to all")
+        a.send(datagram(HOST, OTHER, b"to the host"))
+        assert host.receive() == datagram(HOST, OTHER, b"to the host")
+        a.send(datagram(BROADCAST, OTHER, b"to all"))
+        assert host.receive() == datagram(BROADCAST, OTHER, b"to all")
     finally:
         host.close()
-    assert outside.receive() == datagram(BROADCAST, A, b"to all")
+    assert outside.receive() == datagram(BROADCAST, OTHER, b"to all")
     assert outside.waiting() == []
-    assert lab.placed(A) == (MODEL.L2_PORT, 1)
+    assert lab.placed(OTHER) == (MODEL.L2_PORT, 1)  # the uplink's program saw it and learned nothing from it
 
 
 def test_a_frame_too_large_for_the_network_is_dropped(lab: Lab) -> None:

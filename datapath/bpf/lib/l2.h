@@ -111,18 +111,17 @@ static __noinline void l2_learn(__u32 network, const __u8 mac[6], __u8 kind, __u
 }
 
 /* Learns that a MAC is behind a port (on `vlan` of a trunk). Returns enum drop_reason: DROP_LEARN_LIMIT when the port
- * may learn no more. The port's own MAC does not count. */
+ * may learn no more. Not for the port's own MAC: that is pinned when the port opens. */
 static __noinline int l2_learn_port(struct port *port, __u32 network, const __u8 mac[6], __u16 vlan)
 {
 	struct l2_entry place = {.kind = L2_PORT, .target = port->slot, .vlan = vlan}, *entry;
-	int own = mac_equal(mac, port->mac);
 	struct l2_key key;
 
 	l2_key_set(&key, network, mac);
 	entry = bpf_map_lookup_elem(&l2, &key);
 	if (entry && l2_known(entry, &place))
 		return DROP_NONE;
-	if (!own && !(entry && l2_is_port(entry, port->slot))) {
+	if (!entry || !l2_is_port(entry, port->slot)) {
 		if (READ_ONCE(port->learned) >= port->learned_max)
 			return DROP_LEARN_LIMIT;
 		__sync_fetch_and_add(&port->learned, 1);

@@ -95,7 +95,7 @@ static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __
 		reason = DROP_SPOOF_MAC;
 	if (!reason && !(flags & PORT_F_STATELESS))
 		reason = judge(skb, port, &pkt, FROM_GUEST);
-	if (!reason)
+	if (!reason && !mac_equal(eth.h_source, port->mac))
 		reason = l2_learn_port(port, network, eth.h_source, vid);
 	if (!reason)
 		count_passed(skb, port, &pkt, FROM_GUEST);
