@@ -39,6 +39,7 @@ class Cluster:
         self._places = Acknowledgements()
         self.migrations = Migrations(self.store, self.roster, self._places, self._deadlines)
         self._later: asyncio.TimerHandle | None = None
+        self._stopped = False
         self._resync: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -52,7 +53,8 @@ class Cluster:
         self._later = loop.call_later(self._deadlines.return_s, self._forget_missing, expected)
 
     def stop(self) -> None:
-        """Let go of timers and agents; migrations stay in the journal."""
+        """Let go of timers and agents; the journal keeps migrations, and who was attached, for they will be back."""
+        self._stopped = True
         for timer in (self._later, self._resync):
             if timer is not None:
                 timer.cancel()
@@ -86,7 +88,7 @@ class Cluster:
         return session
 
     def leave(self, session: Session) -> None:
-        if not self.roster.leave(session):
+        if not self.roster.leave(session) or self._stopped:
             return
         ATTACHED.set(len(self.roster))
         self._places.left(session.host)

@@ -53,6 +53,7 @@ class Migrations:
         self._store, self._roster, self._places, self._deadlines = store, roster, places, deadlines
         self._running: dict[str, Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
         self._finished = [r.id for r in sorted(self.reports(), key=lambda r: r.finished_at) if r.done]
 
     # ---- what the operator asks ----
@@ -170,7 +171,8 @@ class Migrations:
             self._feed(run, machine.Restarted())
 
     def stop(self) -> None:
-        """Let go of timers and of questions to agents; what is in hand stays in the journal."""
+        """Let go of timers and of questions to agents; what is in hand stays in the journal as it is."""
+        self._stopped = True
         for task in self._tasks:
             task.cancel()
         for run in self._running.values():
@@ -227,7 +229,7 @@ class Migrations:
 
     def _feed(self, run: Running, event: Event) -> None:
         state, actions = machine.step(run.machine, event)
-        if state == run.machine and not actions:
+        if self._stopped or (state == run.machine and not actions):
             return
         before, run.machine = run.machine, state
         self._note(run, before, actions)

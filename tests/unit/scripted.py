@@ -154,7 +154,7 @@ class Bench:
             await agent.hear("sync")
 
     async def kill(self) -> None:
-        """No word to anyone, nothing written that was not."""
+        """No word to anyone: from here nothing is written, whatever the agents still say."""
         self.cluster.stop()
         await self._server.stop(0)
         for task in self._tasks:

@@ -58,6 +58,7 @@ def test_redirect_ends_when_idle_and_known_everywhere(tmp_path: Path) -> None:
         a, b = await bench.two_hosts()
         deaf = Agent("h3")
         deaf.acknowledges = False
+        deaf.silent.add("sync")
         await bench.attach(deaf)
         report = await bench.begin_migration()
         await a.hear("authorise")
