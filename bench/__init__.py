@@ -1,0 +1,1 @@
+"""Benchmarks: what the system exists for, beside what a user would otherwise use, in one run on one machine."""
