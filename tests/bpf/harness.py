@@ -49,6 +49,8 @@ def _libbpf() -> ctypes.CDLL:
         ("bpf_map__fd", ctypes.c_int, [ctypes.c_void_p]),
         ("bpf_program__name", ctypes.c_char_p, [ctypes.c_void_p]),
         ("bpf_program__fd", ctypes.c_int, [ctypes.c_void_p]),
+        ("bpf_program__insns", ctypes.c_void_p, [ctypes.c_void_p]),
+        ("bpf_program__insn_cnt", ctypes.c_size_t, [ctypes.c_void_p]),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -83,6 +85,7 @@ class Switch:
         self._linked: list[tuple[str, int, Map]] = []
         self.maps: dict[str, Map] = {}
         self.programs: dict[str, int] = {}
+        self.instructions: dict[str, bytes] = {}
 
     def __enter__(self) -> Switch:
         with self._stack:
@@ -121,7 +124,10 @@ class Switch:
             name = library.bpf_map__name(item).decode()
             self.maps[name] = Map.from_fd(name, library.bpf_map__fd(item))
         for item in _walk(library.bpf_object__next_program, opened):
-            self.programs[library.bpf_program__name(item).decode()] = library.bpf_program__fd(item)
+            name = library.bpf_program__name(item).decode()
+            self.programs[name] = library.bpf_program__fd(item)
+            instructions = (library.bpf_program__insns(item), 8 * library.bpf_program__insn_cnt(item))
+            self.instructions[name] = ctypes.string_at(*instructions)
 
     def run(self, program: str, frame: bytes, ifindex: int = 0, *, repeat: int = 0, **fields: int) -> Run:
         """BPF_PROG_RUN of a tc program. ifindex: of the caller's namespace; fields: mark, gso_size, gso_segs."""

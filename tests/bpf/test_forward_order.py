@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The promise of the gate under traffic: whatever the agent does to it, each unicast frame arrives once and in order."""
+"""The promise of the gate under traffic: whatever the agent does to it, each frame arrives once and in order."""
 
 from __future__ import annotations
 

@@ -90,6 +90,7 @@ def test_never_from_tunnel_to_tunnel(lab: Lab) -> None:
     lab.place(OTHER, MODEL.L2_TUNNEL, FAR)
     arrive(outside, UNDERLAY, VNI, 0, datagram(OTHER, REMOTE))
     wait_for(lambda: lab.drops(0) == {MODEL.DROP_LOOP: 1}, "drop counted")
+    assert lab.switch.get("networks", "network", 1).drops == 1
     arrive(outside, UNDERLAY, VNI, 0, datagram(BROADCAST, REMOTE))
     assert a.receive() == datagram(BROADCAST, REMOTE)
     assert left(outside) == []

@@ -112,6 +112,16 @@ static __noinline int flood(struct __sk_buff *skb, __u32 index, __u64 source, in
 	return DROP_NONE;
 }
 
+/* The frame ends here, counted at the port it came from, or at the network. Returns the verdict. */
+static __noinline int forward_drop(struct __sk_buff *skb, __u32 index, __u64 source, int reason)
+{
+	struct network *network = bpf_map_lookup_elem(&networks, &index);
+
+	if (!source_slot(source) && network)
+		__sync_fetch_and_add(&network->drops, 1);
+	return drop_slot(skb, source_slot(source), FROM_GUEST, reason);
+}
+
 /* To the host itself, as if it had come in by the uplink. */
 static __always_inline int send_to_host(struct __sk_buff *skb, __u32 ifindex, __u32 path)
 {
@@ -128,26 +138,24 @@ static __always_inline int send_away(struct __sk_buff *skb, __u32 index, const s
 	int verdict;
 
 	if (!network)
-		return drop_slot(skb, source_slot(source), FROM_GUEST, DROP_NO_NETWORK);
+		return forward_drop(skb, index, source, DROP_NO_NETWORK);
 	if (exceeds_mtu(skb, network))
-		return drop_slot(skb, source_slot(source), FROM_GUEST, DROP_MTU);
+		return forward_drop(skb, index, source, DROP_MTU);
 	if (entry->kind == L2_HOST)
 		return send_to_host(skb, entry->target, path);
 	if (entry->kind == L2_UPLINK) {
 		if (vlan_add(skb, network->vid))
-			return drop_slot(skb, source_slot(source), FROM_GUEST, DROP_VLAN);
+			return forward_drop(skb, index, source, DROP_VLAN);
 		return send_to(skb, entry->target, path);
 	}
 	verdict = tunnel_send(skb, entry->target, network->vni, 0, path);
-	if (verdict == TC_ACT_SHOT)
-		return drop_slot(skb, source_slot(source), FROM_GUEST, DROP_TUNNEL);
-	return verdict;
+	return verdict == TC_ACT_SHOT ? forward_drop(skb, index, source, DROP_TUNNEL) : verdict;
 }
 
 /*
  * Forwards an untagged frame of network `index` that came from `source`. `path` has PATH_CLONE when the caller keeps
  * the frame (the verdict then means nothing), else 0. Frames that end here are counted: at the port they are for, else
- * at the port they came from, else at slot 0.
+ * at the port they came from, else at slot 0 and the network.
  */
 __noinline int forward(struct __sk_buff *skb, __u32 index, __u64 source, __u32 path)
 {
@@ -157,20 +165,20 @@ __noinline int forward(struct __sk_buff *skb, __u32 index, __u64 source, __u32 p
 	int reason;
 
 	if (l2_macs(skb, &eth))
-		return drop_slot(skb, source_slot(source), FROM_GUEST, DROP_MALFORMED);
+		return forward_drop(skb, index, source, DROP_MALFORMED);
 	l2_key_set(&key, index, eth.h_dest);
 	entry = mac_is_group(eth.h_dest) ? NULL : bpf_map_lookup_elem(&l2, &key);
 	if (!entry) {
 		reason = flood(skb, index, source, mac_is_group(eth.h_dest));
-		return reason ? drop_slot(skb, source_slot(source), FROM_GUEST, reason) : TC_ACT_SHOT;
+		return reason ? forward_drop(skb, index, source, reason) : TC_ACT_SHOT;
 	}
 	if (entry->kind != L2_PORT) {
 		if (SOURCE_KIND(source) != L2_PORT)
-			return drop_slot(skb, 0, FROM_GUEST, DROP_LOOP);
+			return forward_drop(skb, index, source, DROP_LOOP);
 		return send_away(skb, index, entry, source, path);
 	}
 	if (source == SOURCE(L2_PORT, entry->target))
-		return drop_slot(skb, entry->target, FROM_GUEST, DROP_LOOP);
+		return forward_drop(skb, index, source, DROP_LOOP);
 	if (entry->vlan && vlan_add(skb, entry->vlan))
 		return drop_slot(skb, entry->target, TO_GUEST, DROP_VLAN);
 	return deliver(skb, entry->target, path);
