@@ -76,6 +76,12 @@ class Cluster(Lab):
             agent.start()
         wait_until("all agents are attached", self._attached, 40.0, 0.1)
         self.apply(networks=self.networks)
+        wait_until("all hosts have the networks", self._networks_there, 20.0)
+
+    def _networks_there(self) -> bool:
+        names = {network["name"] for network in self.networks}
+        there = [set(self.agent_stub(h).Status(pb.Empty(), timeout=5).networks) for h in self.host_names]
+        return all(names <= found for found in there)
 
     # ---- files and processes ----
 
@@ -201,7 +207,7 @@ class Cluster(Lab):
         return last
 
     def migration(
-        self, machine: Machine, to: str, *, deadline_s: float = 60.0, **options: Any
+        self, machine: Machine, to: str, *, deadline_s: float = 30.0, **options: Any
     ) -> Iterator[pb.Migration]:
         """Move a VM; its reports as they come."""
         request = pb.MigrateRequest(vm=machine.uuid, to=to, **options)
