@@ -237,3 +237,15 @@ def test_a_probe_reaches_the_agent_and_no_port(lab: Lab) -> None:
     assert (event.type, event.slot, event.rule, event.length) == (MODEL.EVENT_PROBE, 1, CHANNEL, len(frame))
     assert bytes(event.data) == frame[: MODEL.EVENT_BYTES]
     assert a.waiting() == []
+
+
+def test_a_trunk_ports_tag_goes_through_a_redirect(lab: Lab) -> None:
+    trunk = MODEL.PORT_F_STATELESS | MODEL.PORT_F_TRUNK
+    outside, a = overlay(lab, flags=trunk)
+    lab.place(B, MODEL.L2_PORT, 2, vlan=7)
+    redirected(lab, 2, B, flags=trunk)
+    a.send(datagram(B, A))
+    assert leave(outside) == (UNDERLAY[1], CHANNEL, MODEL.MARK_REDIRECT, datagram(B, A, vlan=7))
+    channel(lab, 1)
+    arrive(outside, UNDERLAY, CHANNEL, MODEL.MARK_REDIRECT, datagram(A, B, vlan=7))
+    assert a.receive() == datagram(A, B, vlan=7)

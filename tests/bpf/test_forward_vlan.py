@@ -95,3 +95,34 @@ def test_flooding_tags_each_copy_for_its_member_alone(lab: Lab) -> None:
     assert b.receive() == datagram(BROADCAST, A, vlan=5)
     assert outside.receive() == datagram(BROADCAST, A, vlan=100)
     assert c.receive() == datagram(BROADCAST, A)
+
+
+def test_a_tag_survives_the_hold(lab: Lab) -> None:
+    lab.network(1)
+    a, b = lab.port(1, A), lab.port(2, B, flags=TRUNK, gate=MODEL.GATE_LOCAL | 1 << 8)
+    tap = lab.tap(2, MODEL.DEVICE_HOLD_TO)
+    lab.change_port(2, hold_to=tap.ifindex)
+    lab.place(B, MODEL.L2_PORT, 2, vlan=7)
+    a.send(datagram(B, A))
+    frames: list[bytes] = []
+    wait_for(lambda: frames.extend(filter(None, [tap.read()])) or frames, "a frame in the tap")
+    assert frames == [datagram(B, A, vlan=7)]
+    lab.change_port(2, gate=MODEL.GATE_LOCAL)
+    tap.write(frames[0])
+    assert b.receive() == datagram(B, A, vlan=7)
+
+
+def test_a_guest_behind_a_trunk_keeps_its_tag_in_the_hold(lab: Lab) -> None:
+    lab.network(1)
+    staged = {"state": MODEL.PORT_STAGED, "gate": MODEL.GATE_NONE, "epoch": 3}
+    a, b = lab.port(1, A), lab.port(2, B, flags=TRUNK, **staged)
+    lab.place(A, MODEL.L2_PORT, 1)
+    trunk(lab, 2, 7, 1)
+    tap = lab.tap(2, MODEL.DEVICE_HOLD_FROM)
+    lab.change_port(2, hold_from=tap.ifindex)
+    b.send(datagram(A, B, vlan=7))
+    frames: list[bytes] = []
+    wait_for(lambda: frames.extend(filter(None, [tap.read()])) or frames, "a frame in the tap")
+    lab.change_port(2, commit=3)
+    tap.write(frames[0])
+    assert a.receive() == datagram(A, B)
