@@ -16,11 +16,11 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.command(cls=Command)
 @click.option("--config", type=_FILE, default=Path("/etc/migrator/agent.toml"), show_default=True, help="TOML file.")
-def agent(config: Path) -> int:
+def agent(config: Path) -> None:
     """Run this host's agent until SIGTERM. Ports go on passing frames when it ends."""
-    from migrator.agent import main
+    from migrator.agent.main import run
 
-    return int(main.run(config) or 0)
+    run(config)
 
 
 @click.command(cls=Command)
@@ -31,9 +31,9 @@ def agent(config: Path) -> int:
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="Least level to log.")
 def coordinator(config: Path | None, listen: tuple[str, ...], **options: Any) -> int:
     """Run the cluster's coordinator until SIGTERM. Running VMs do not need it."""
-    from migrator.coordinator import main
+    from migrator.coordinator.main import run
 
-    return main.run(config, listen=list(listen) or None, **options)
+    return run(config, listen=list(listen) or None, **options)
 
 
 @click.command(cls=Command)

@@ -35,6 +35,8 @@ COMMANDS = {
     "conntrack": ("conntrack", "conntrack"),
     "checkpoint": ("snapshot", "checkpoint"),
     "restore": ("snapshot", "restore"),
+    "inspect": ("snapshot", "inspect"),
+    "diff": ("snapshot", "diff"),
     "demo": ("demo", "demo"),
     "completion": ("completion", "completion"),
 }

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 
+from datapath.state.kind import Record
+from migrator import diff as differences
+from migrator import inspect as inspection
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.context import Command, Context, pass_context
 from migrator.cli.local import find_ports
 from migrator.errors import ConfigInvalid
-from migrator.table import plain, print_json, print_table, size
+from migrator.table import plain, print_fields, print_json, print_table, size
 
+DIFF_LINES_MAX = 20
 _CHUNK = 1 << 18
 _FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
@@ -107,3 +113,82 @@ def _chunks(file: Path, head: pb.RestoreHead) -> Iterator[pb.RestoreChunk]:
     with opened(file) as stream:
         while data := stream.read(_CHUNK):
             yield pb.RestoreChunk(data=data)
+
+
+@click.command("inspect", cls=Command)
+@click.argument("file", type=_FILE)
+@click.option("--records", is_flag=True, help="Every record, one a line; with --json one object a line.")
+@click.option("--kind", default="", help="Only records of this kind.")
+@click.option("--port", default="", metavar="MAC", help="Only records of this port.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many records.")
+@pass_context
+def inspect(context: Context, file: Path, records: bool, kind: str, port: str, limit: int | None) -> None:
+    """Show what is in a snapshot. All of it is read and checked; with --records the records themselves."""
+    with opened(file) as stream:
+        if records or kind or port:
+            for record in inspection.records(stream, kind=kind, port=port.lower(), limit=limit):
+                print_json(record, lines=True) if context.json else click.echo(_record_line(record))
+            return
+        found = inspection.inspect(stream)
+    if context.json:
+        print_json(found)
+        return
+    ports = found.pop("ports")
+    print_fields({**found, "kinds": [f"{name} {kind['version']}" for name, kind in found["kinds"].items()]})
+    click.echo()
+    kinds = list(dict.fromkeys(name for counts in ports.values() for name in counts))
+    rows = [(mac, *(counts.get(name, 0) for name in kinds)) for mac, counts in ports.items()]
+    print_table(("PORT", *(name.upper() for name in kinds)), rows)
+
+
+def _record_line(record: dict[str, Any]) -> str:
+    return f"{record['port']} {record['kind']} {record['op']} {_fields(record['record'])}"
+
+
+def _fields(record: Record) -> str:
+    """`name=value …`, text as it is and everything else as JSON; what is empty is left out."""
+    shown = {name: value for name, value in record.items() if value not in ("", [], {})}
+    compact = partial(json.dumps, separators=(",", ":"))
+    return " ".join(f"{name}={v if isinstance(v, str) else compact(v)}" for name, v in shown.items())
+
+
+@click.command("diff", cls=Command)
+@click.argument("a", type=_FILE)
+@click.argument("b", type=_FILE)
+@click.option("--ignore", multiple=True, metavar="FIELD", help="A field that may differ, such as age_ns.")
+@click.option("--no-accounting", is_flag=True, help="Leave out what is only counted.")
+@pass_context
+def diff(context: Context, a: Path, b: Path, ignore: tuple[str, ...], no_accounting: bool) -> int:
+    """Show what differs between two snapshots, by port and kind. Exit code 1 when something does, as diff(1)."""
+    with opened(a) as one, opened(b) as other:
+        found = differences.diff(one, other, ignore=ignore, accounting=not no_accounting)
+    if context.json:
+        print_json([_difference(item) for item in found])
+    else:
+        for item in found:
+            print_difference(item)
+    return 1 if found else 0
+
+
+def _difference(item: differences.Difference) -> dict[str, Any]:
+    changed = zip(inspection.rows(item.before), inspection.rows(item.after), strict=True)
+    return {
+        "port": item.port,
+        "kind": item.kind,
+        "added": list(inspection.rows(item.added)),
+        "removed": list(inspection.rows(item.removed)),
+        "changed": [{"before": before, "after": after} for before, after in changed],
+        "fields": dict(item.fields),
+    }
+
+
+def print_difference(item: differences.Difference) -> None:
+    """A summary, then lines with + and - as diff(1) has them."""
+    counts = ", ".join(f"{count} {what}" for what, count in item.counts().items() if count)
+    fields = f" ({', '.join(f'{name} in {count}' for name, count in item.fields.items())})" if item.fields else ""
+    click.echo(f"{item.port} {item.kind}: {counts}{fields}")
+    for sign, table in (("-", item.removed), ("+", item.added), ("<", item.before), (">", item.after)):
+        for record in inspection.rows(table, DIFF_LINES_MAX):
+            click.echo(f"{sign} {_fields(record)}")
+        if len(table) > DIFF_LINES_MAX:
+            click.echo(f"{sign} and {len(table) - DIFF_LINES_MAX} more (--json shows all)")
