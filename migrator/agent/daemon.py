@@ -40,9 +40,7 @@ STOP_S = 2.0
 class Agent:
     """`start`, then `stop`. The switch goes on through both. `driver` and `guests` None: those of the configuration."""
 
-    def __init__(
-        self, config: AgentConfig, driver: Driver | None = None, guests: GuestDriver | None = None
-    ) -> None:
+    def __init__(self, config: AgentConfig, driver: Driver | None = None, guests: GuestDriver | None = None) -> None:
         self.config = config
         self.host = config.agent.host
         self.driver = driver or driver_class(config.driver.name)()

@@ -90,6 +90,7 @@ class SourceEnd(End):
             words.Watch: self._watch,
             words.Hold: self._hold,
             words.Suspend: self._suspend,
+            words.Wake: self._wake,
             words.Shut: self._shut,
             words.Drain: self._drain,
             words.SendFinal: self._send_final,
@@ -316,6 +317,9 @@ class SourceEnd(End):
                 raise
             self.post(words.GuestPaused(moving=True))  # it had been stopped before, and is moved so
         self.report.lasted("suspend", began)
+
+    async def _wake(self, _: words.Wake) -> None:
+        await self.guests.resume(self.vm)
 
     async def _shut(self, _: words.Shut) -> None:
         await self.call(self.ports.shut)

@@ -57,6 +57,7 @@ from migrator.lifecycle.source_words import (
     Suspend,
     Tell,
     Timeout,
+    Wake,
     Watch,
 )
 
@@ -70,6 +71,7 @@ class State:
     authorised: bool = False
     peer: bool = False  # the stream is up and the destination has not failed
     final: bool = False  # `final` may have been sent: the destination may have committed
+    suspended: bool = False  # we have told the hypervisor to stop the guest
     drained: bool = False  # everything has been sent since the guest stopped
 
 
@@ -128,7 +130,7 @@ def _guest_fits(state: State, _: GuestFits) -> Step:
 def _held(state: State, _: Held) -> Step:
     if state.phase is not Phase.HOLDING:
         return state, ()
-    return replace(state, phase=Phase.SUSPENDING), (Suspend(), Tell("held"))
+    return replace(state, phase=Phase.SUSPENDING, suspended=True), (Suspend(), Tell("held"))
 
 
 def _drained(state: State, _: Drained) -> Step:
@@ -177,15 +179,22 @@ def _end_redirect(state: State, _: EndRedirect) -> Step:
 
 
 def _guest_paused(state: State, event: GuestPaused) -> Step:
-    if not event.moving and state.phase is not Phase.SUSPENDING:
+    if not event.moving and not (state.suspended and state.phase in {Phase.SUSPENDING, Phase.ABORTING, Phase.ABORTED}):
         return state, ()
+    if not event.moving:
+        # We stopped a guest whose move had ended by itself meanwhile: nobody but us will start it.
+        return replace(state, phase=_after_wake(state.phase), guest=Guest.PAUSED), (Wake(),)
     led = state.phase is Phase.SUSPENDING
     state = replace(state, guest=Guest.PAUSED)
     if state.phase in {Phase.PROBING, Phase.CONNECTING}:
         return state, (Shut(),)
     if state.phase in EARLY or led:
         return replace(state, phase=Phase.DRAINING), (Drain(follow=not led),)
-    return state, ()
+    return state, (Shut(),) if state.phase is Phase.ABORTING else ()
+
+
+def _after_wake(phase: Phase) -> Phase:
+    return Phase.ABORTING if phase is Phase.SUSPENDING else phase
 
 
 def _guest_resumed(state: State, _: GuestResumed) -> Step:
@@ -225,13 +234,14 @@ def _end(state: State, what: str, reason: str) -> Step:
 
 
 def _give_up(state: State, reason: str) -> Step:
-    """End it if that is ours to decide, else try to get the guest back."""
-    if state.phase in EARLY and state.guest is Guest.RUNNING:
+    """End it if nothing moves the guest yet, else see that it stays: only then may the destination purge."""
+    if state.phase in {Phase.PROBING, Phase.CONNECTING} and state.guest is Guest.RUNNING:
         return _end(state, "aborted", reason)
     if state.phase in EARLY | STOPPING:
-        state = replace(state, phase=Phase.ABORTING)
+        shut = () if state.guest is Guest.RUNNING else (Shut(),)
         ask = () if state.peer else (Ask(),)
-        return state, (Shut(), *ask, Cancel(certain=True), Tell("failed", reason))
+        aborting = replace(state, phase=Phase.ABORTING)
+        return aborting, (*shut, *ask, Cancel(certain=True), Tell("failed", reason))
     return state, ()
 
 
@@ -328,13 +338,17 @@ def _timeout(state: State, event: Timeout) -> Step:
 
 
 def _restarted(state: State, event: Restarted) -> Step:
+    had_stopped = state.guest is not Guest.RUNNING
     state = replace(state, guest=event.guest, peer=False, drained=False)
     if state.phase in EARLY | STOPPING | UNSURE:
-        if event.guest is Guest.RUNNING:
+        runs = event.guest is Guest.RUNNING
+        if runs and (had_stopped or state.phase in {Phase.PROBING, Phase.CONNECTING}):
             return _roll_back(state, "the agent was restarted and the guest runs at the source")
-        if state.phase in UNSURE:
+        if state.phase in UNSURE and not runs:
             return state, (Shut(), Ask())
-        return replace(state, phase=Phase.ABORTING), (Shut(), Ask(), Cancel(certain=not state.final))
+        # It runs, but its hypervisor may still be moving it: the destination keeps what it has until that is over.
+        shut = () if runs else (Shut(),)
+        return replace(state, phase=Phase.ABORTING), (*shut, Ask(), Cancel(certain=not state.final))
     return state, _AGAIN.get(state.phase, ())
 
 

@@ -204,6 +204,11 @@ class Suspend(Action):
 
 
 @dataclass(frozen=True)
+class Wake(Action):
+    """Start the guest here again that we stopped. GuestResumed follows, or Failed."""
+
+
+@dataclass(frozen=True)
 class Shut(Action):
     """Hold and quiesce all ports. Idempotent."""
 

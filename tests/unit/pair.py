@@ -63,7 +63,8 @@ class Hypervisor:
             return
         source, destination, self.moving = self.place, self.moving, ""
         if self.fail:
-            return self.resume(source, "failed")
+            self.resume(source, "failed")
+            return
         self.resume(destination, "migrated")
         await asyncio.sleep(0.005)
         if self.place != source:
@@ -109,6 +110,10 @@ class Side:
     async def suspend(self, vm: str) -> None:
         assert vm == VM
         self.all.stop()
+
+    async def resume(self, vm: str) -> None:
+        assert vm == VM
+        self.all.resume(self.host, "user")
 
     async def cancel(self, vm: str, *, certain: bool) -> bool:
         assert vm == VM and certain in (True, False)
@@ -208,10 +213,8 @@ class World:
 
     async def finish(self, migration: str, timeout_s: float = 10.0) -> pb.Migration:
         async with asyncio.timeout(timeout_s):
-            last = pb.Migration()
-            async for last in self.cluster.migrations.follow(migration):
-                pass
-            return last
+            reports = [report async for report in self.cluster.migrations.follow(migration)]
+            return reports[-1]
 
     async def quiet(self) -> None:
         """Nothing is in hand any more, not even a redirect."""

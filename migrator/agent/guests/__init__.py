@@ -36,6 +36,9 @@ class GuestDriver(Protocol):
     async def suspend(self, vm: str) -> None:
         """Stop the VM. In a move the hypervisor finishes it then by itself. The event `paused` follows."""
 
+    async def resume(self, vm: str) -> None:
+        """Start a VM here that `suspend` stopped and nobody moves. The event `running` follows."""
+
     async def cancel(self, vm: str, *, certain: bool) -> bool:
         """Stop moving the VM; True when it runs here then. `certain`: nothing can run it at the other host."""
 

@@ -45,6 +45,9 @@ class NoGuests:
     async def suspend(self, vm: str) -> None:
         self._tell(vm, "paused")
 
+    async def resume(self, vm: str) -> None:
+        self._tell(vm, "running")
+
     async def cancel(self, vm: str, *, certain: bool) -> bool:
         del vm
         return certain

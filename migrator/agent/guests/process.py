@@ -162,6 +162,9 @@ class ProcessGuests:
     async def suspend(self, vm: str) -> None:
         await self._link(vm).ask("suspend")
 
+    async def resume(self, vm: str) -> None:
+        await self._link(vm).ask("resume")
+
     async def cancel(self, vm: str, *, certain: bool) -> bool:
         del certain  # the process knows where its guest runs
         link = self._link(vm)
