@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
@@ -67,16 +66,12 @@ cli = _Lazy(
 )
 
 
-@cli.result_callback()
-def _result(value: Any) -> Any:
-    return value
-
-
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Every error is one line on standard error."""
     context = Context()
     try:
-        code = cli.main(args=list(arguments) if arguments is not None else None, obj=context, standalone_mode=False)
+        given = list(arguments) if arguments is not None else None
+        code = cli.main(args=given, prog_name="migrator", obj=context, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.ClickException as error:

@@ -55,6 +55,9 @@ class Agent:
     def say(self, **body: Any) -> None:
         self._saying.put_nowait(pb.FromAgent(**body))
 
+    def stop(self) -> None:
+        self._saying.put_nowait(None)
+
     def progress(self, word: str, migration: str = "", **report: Any) -> None:
         message = pb.Progress(migration=migration or self.migration, event=word, report=pb.Migration(**report))
         self.say(progress=message)
@@ -157,6 +160,8 @@ class Bench:
         """No word to anyone: from here nothing is written, whatever the agents still say."""
         self.cluster.stop()
         await self._server.stop(0)
+        for agent in self.agents.values():
+            agent.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
