@@ -42,7 +42,6 @@ class Kernel:
         self.exchange = switch.mapped("exchange")
         self.exchange_lock = threading.Lock()
         self.slots = len(self.ports.view)
-        self.overlay_room = 0  # bytes of a VM's packet that fit into one of the underlay; 0: no underlay
 
     def close(self) -> None:
         """Give every handle back; what is pinned goes on."""

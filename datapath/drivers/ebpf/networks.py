@@ -19,12 +19,19 @@ VNI_MAX = (1 << 24) - 1
 
 
 class Networks:
-    """`peers` gives the indexes of hosts that an overlay floods to."""
+    """`peers` gives the indexes of hosts that an overlay floods to, `room` the largest packet that one may have."""
 
     def __init__(
-        self, kernel: Kernel, ledger: Ledger, uplinks: Uplinks, floods: Floods, peers: Callable[[], Sequence[int]]
+        self,
+        kernel: Kernel,
+        ledger: Ledger,
+        uplinks: Uplinks,
+        floods: Floods,
+        peers: Callable[[], Sequence[int]],
+        room: Callable[[], int],
     ) -> None:
         self._kernel, self._ledger, self._uplinks, self._floods, self._peers = kernel, ledger, uplinks, floods, peers
+        self._room = room
         self._known = ledger.networks()
         self._lock = threading.RLock()
 
@@ -138,11 +145,7 @@ class Networks:
         for other in others:
             if other.kind is NetworkKind.OVERLAY and other.vni == network.vni:
                 raise UnsupportedKind(f"network {network.name}: VNI {network.vni} is network {other.name}")
-        room = self._kernel.overlay_room
-        if not room:
-            raise UnsupportedKind(
-                f"network {network.name}: this host has no underlay", hint="set `underlay` in the driver's options"
-            )
+        room = self._room()
         if network.mtu > room:
             raise UnsupportedKind(
                 f"network {network.name}: mtu {network.mtu}, the underlay carries {room}",

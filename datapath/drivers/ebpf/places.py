@@ -1,8 +1,8 @@
 """Places: entries of the L2 table that the agent writes. The kernel's table is the only copy of what is in force.
 
 Two sorts: MACs of a port of this host (kind PORT, the port's gate says the rest), and MACs of VMs elsewhere by word of
-the coordinator (set_place). A place that comes while the MAC's own port still delivers or holds here is kept until it does
-not: so that held frames are not overtaken and an open port is never touched.
+the coordinator (set_place). A place that comes while the MAC's own port still delivers or holds here is kept until it
+does not: so that held frames are not overtaken and an open port is never touched.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 `policies[slot]` is the word of the port in that slot. Ports with the same rules (by digest) share one generation. A
 change puts the new generation's tables in place, flips the word by one store, and deletes the old tables when no port
-names them: a program that read the old word meanwhile finds no table and drops the packet as a race, so that is waited for.
+names them: a program that read the old word meanwhile finds no table and drops the packet as a race, so it is
+waited for.
 """
 
 from __future__ import annotations

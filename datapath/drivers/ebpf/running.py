@@ -72,7 +72,7 @@ class Running:
         self.uplinks = Uplinks(kernel, self.attachments, self.options.uplinks)
         self.hosts = Hosts(kernel.hosts, kernel.host_index, ledger)
         self.floods = Floods(kernel.floods)
-        self.networks = Networks(kernel, ledger, self.uplinks, self.floods, self.peers)
+        self.networks = Networks(kernel, ledger, self.uplinks, self.floods, self.peers, self.underlay.room)
         self.places = Places(kernel, self.networks, self.hosts, self.underlay.address, self.is_elsewhere)
         self.fdb = Fdb(kernel, self.networks, self.places, ledger)
         self.connections = Connections(kernel, self.words)
@@ -127,12 +127,16 @@ class Running:
     # ---- begin ----
 
     def begin(self) -> None:
-        """Take over what an earlier run left, then start the threads."""
-        self.underlay.start()
-        self.hosts.restore()
-        self.networks.restore()
-        self._restore_ports()
-        self.ledger.save_boot(self.kernel.boot())
+        """Take over what an earlier run left, then start the threads. If it raises, call nothing more."""
+        try:
+            self.underlay.start()
+            self.hosts.restore()
+            self.networks.restore()
+            self._restore_ports()
+            self.ledger.save_boot(self.kernel.boot())
+        except BaseException:
+            self.stop()
+            raise
         self.watch.start()
         self.reader.start()
         self.sweeper.start()

@@ -50,7 +50,7 @@ class Switchover:
         self._save(instance, committed=True)
 
     def open(self, instance: Instance, *, broadcast: bool) -> Pumped:
-        """The guest runs here. A port that is active already, by its first frame or a call before, gets what is missing."""
+        """The guest runs here. A port that is active already, by its first frame or by a call, gets what is missing."""
         slot = instance.slot
         if self._words.word(slot).state == C.PORT_STAGED:
             self._activate(instance, broadcast=broadcast)

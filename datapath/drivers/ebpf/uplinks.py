@@ -32,7 +32,7 @@ class Uplinks:
             raise UnsupportedKind(f"there is no interface {name} on this host", hint="correct the network's uplink")
 
     def attach(self, name: str) -> int:
-        """Take frames from the interface, also for other MACs than its own. Returns its ifindex, 0 while it is not there."""
+        """Take the interface's frames, also those for other MACs. Returns its ifindex, 0 while it is not there."""
         link = devices.link(name)
         if link is None:
             return 0
