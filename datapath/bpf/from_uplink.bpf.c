@@ -22,7 +22,7 @@ static __always_inline int from_uplink_untagged(struct __sk_buff *skb, __u32 net
 	if (l2_macs(skb, &eth))
 		return TC_ACT_OK;
 	l2_learn(network, eth.h_source, L2_UPLINK, skb->ifindex);
-	if (skb->pkt_type == PACKET_HOST)
+	if (skb->pkt_type == PACKET_HOST || mac_is_link_local(eth.h_dest))
 		return TC_ACT_OK;
 	l2_key_set(&key, network, eth.h_dest);
 	entry = mac_is_group(eth.h_dest) ? NULL : bpf_map_lookup_elem(&l2, &key);

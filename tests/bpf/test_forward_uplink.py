@@ -104,6 +104,19 @@ def test_a_frame_too_large_for_the_network_is_dropped(lab: Lab) -> None:
     assert outside.receive() == datagram(OUTSIDE, A, bytes(1000 - 28), vlan=100)
 
 
+def test_control_frames_of_the_link_end_here(lab: Lab) -> None:
+    uplink, outside, a = on_uplink(lab, 0)
+    lab.network(1, [(MODEL.L2_PORT, 1, 0), (MODEL.L2_PORT, 2, 0), (MODEL.L2_UPLINK, uplink, 0)], uplink=uplink)
+    b = lab.port(2, B)
+    spanning_tree, beyond = "01:80:c2:00:00:00", "01:80:c2:00:00:10"
+    assert lab.switch.run("from_uplink", datagram(spanning_tree, OUTSIDE), uplink).verdict == PASS  # the host's own
+    a.send(datagram(spanning_tree, A))
+    wait_for(lambda: lab.drops(1) == {MODEL.DROP_UNKNOWN_UNICAST: 1}, "drop counted")
+    a.send(datagram(beyond, A))
+    assert [b.receive(), outside.receive()] == [datagram(beyond, A)] * 2
+    assert a.waiting() == b.waiting() == outside.waiting() == []
+
+
 def test_learning_moves_what_was_learned_and_not_what_is_pinned(lab: Lab) -> None:
     uplink, outside, a = on_uplink(lab, 100)
     dirty = lab.switch.inner("dirty", 1, "dirty_set")

@@ -166,6 +166,8 @@ __noinline int forward(struct __sk_buff *skb, __u32 index, __u64 source, __u32 p
 
 	if (l2_macs(skb, &eth))
 		return forward_drop(skb, index, source, DROP_MALFORMED);
+	if (mac_is_link_local(eth.h_dest))
+		return forward_drop(skb, index, source, DROP_UNKNOWN_UNICAST);
 	l2_key_set(&key, index, eth.h_dest);
 	entry = mac_is_group(eth.h_dest) ? NULL : bpf_map_lookup_elem(&l2, &key);
 	if (!entry) {

@@ -41,6 +41,12 @@ static __always_inline int mac_is_group(const __u8 mac[6])
 	return mac[0] & 1;
 }
 
+/* IEEE 802.1Q, 8.6.3: spanning tree, LACP, LLDP and the like end at the next bridge, which is this one. */
+static __always_inline int mac_is_link_local(const __u8 mac[6])
+{
+	return mac[0] == 0x01 && mac[1] == 0x80 && mac[2] == 0xc2 && !mac[3] && !mac[4] && mac[5] < 0x10;
+}
+
 static __always_inline void l2_key_set(struct l2_key *key, __u32 network, const __u8 mac[6])
 {
 	key->network = network;

@@ -12,27 +12,15 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "address.h"
 #include "l2.h"
 #include "maps.h"
 #include "packet.h"
-#include "tunnel.h"
+#include "spoof_nd.h"
 
-#define ARP_ETHERNET   1 /* hardware type */
-#define DHCP_SERVER    67
-#define DHCP_CLIENT    68
-#define ND_HOP_LIMIT   255 /* RFC 4861, 7.1: what came through a router has less */
-#define ND_OPTIONS_MAX 4
-
-enum icmp6_type { /* RFC 2710, RFC 3810, RFC 4861 */
-		  ICMP6_MLD_REPORT = 131,
-		  ICMP6_MLD_DONE = 132,
-		  ICMP6_ROUTER_SOLICIT = 133,
-		  ICMP6_ROUTER_ADVERT = 134,
-		  ICMP6_NEIGHBOUR_SOLICIT = 135,
-		  ICMP6_NEIGHBOUR_ADVERT = 136,
-		  ICMP6_REDIRECT = 137,
-		  ICMP6_MLD2_REPORT = 143,
-};
+#define ARP_ETHERNET 1 /* hardware type */
+#define DHCP_SERVER  67
+#define DHCP_CLIENT  68
 
 struct arp_ipv4 { /* RFC 826 with Ethernet and IPv4 */
 	__be16 hardware;
@@ -45,38 +33,6 @@ struct arp_ipv4 { /* RFC 826 with Ethernet and IPv4 */
 	__u8 target[6];
 	__u8 target_ip[4];
 } __attribute__((packed));
-
-struct nd_message { /* RFC 4861, 4.3 and 4.4 */
-	__u8 type;
-	__u8 code;
-	__be16 checksum;
-	__be32 flags;
-	__be32 target[4];
-};
-
-struct nd_option { /* source (1) or target (2) link-layer address; length in units of 8 bytes */
-	__u8 type;
-	__u8 length;
-	__u8 mac[6];
-};
-
-static __always_inline int addr_is_zero(const __be32 addr[4])
-{
-	return !(addr[0] | addr[1] | addr[2] | addr[3]);
-}
-
-static __always_inline int addr_is_link_local(const __be32 addr[4])
-{
-	return (addr[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
-}
-
-static __always_inline int spoof_address_owned(__u32 slot, const __be32 addr[4])
-{
-	struct address_key key = {.slot = slot};
-
-	addr_copy(key.addr, addr);
-	return bpf_map_lookup_elem(&addresses, &key) != NULL;
-}
 
 static __always_inline int spoof_mac_owned(struct port *port, __u32 network, const __u8 mac[6])
 {
@@ -92,67 +48,11 @@ static __always_inline int spoof_mac_owned(struct port *port, __u32 network, con
 
 static __always_inline int spoof_ipv4(struct port *port, const struct packet *pkt)
 {
-	if (spoof_address_owned(port->slot, pkt->laddr))
+	if (addr_is_owned(port->slot, pkt->laddr))
 		return DROP_NONE;
 	if (!pkt->laddr[3] && pkt->proto == IPPROTO_UDP && pkt->fragment == FRAGMENT_NONE &&
 	    pkt->lport == bpf_htons(DHCP_CLIENT) && pkt->rport == bpf_htons(DHCP_SERVER))
 		return DROP_NONE;
-	return DROP_SPOOF_ADDRESS;
-}
-
-/* Link-layer options must name the frame's own source: they rewrite neighbours' caches. */
-static __always_inline int spoof_nd_options(struct __sk_buff *skb, __u32 offset, const __u8 mac[6])
-{
-	struct nd_option option;
-
-	for (int i = 0; i < ND_OPTIONS_MAX; i++) {
-		if (bpf_skb_load_bytes(skb, offset, &option, sizeof(option)))
-			return DROP_NONE; /* no more */
-		if (!option.length)
-			return DROP_SPOOF_ND;
-		if ((option.type == 1 || option.type == 2) && (option.length != 1 || !mac_equal(option.mac, mac)))
-			return DROP_SPOOF_ND;
-		offset += option.length * 8;
-	}
-	return DROP_SPOOF_ND;
-}
-
-static __always_inline int spoof_nd(struct __sk_buff *skb, struct port *port, const struct packet *pkt,
-				    const __u8 mac[6])
-{
-	int probe = addr_is_zero(pkt->laddr);
-	struct nd_message nd;
-
-	if (pkt->icmp_type < ICMP6_ROUTER_SOLICIT || pkt->icmp_type > ICMP6_REDIRECT)
-		return DROP_NONE;
-	if (pkt->fragment != FRAGMENT_NONE) /* RFC 6980 */
-		return DROP_SPOOF_ND;
-	if (pkt->icmp_type == ICMP6_ROUTER_SOLICIT)
-		return spoof_nd_options(skb, pkt->l4_offset + 8, mac);
-	/* a guest is no router (RFC 6105) */
-	if (pkt->icmp_type == ICMP6_ROUTER_ADVERT || pkt->icmp_type == ICMP6_REDIRECT)
-		return DROP_SPOOF_ND;
-	if (pkt->hops != ND_HOP_LIMIT || bpf_skb_load_bytes(skb, pkt->l4_offset, &nd, sizeof(nd)))
-		return DROP_SPOOF_ND;
-	/* the target of an advertisement, and of an address probe, is what the guest claims */
-	if ((pkt->icmp_type == ICMP6_NEIGHBOUR_ADVERT || probe) && !addr_is_link_local(nd.target) &&
-	    !spoof_address_owned(port->slot, nd.target))
-		return DROP_SPOOF_ND;
-	return spoof_nd_options(skb, pkt->l4_offset + sizeof(nd), mac);
-}
-
-static __always_inline int spoof_ipv6_unspecified(const struct packet *pkt)
-{
-	if (pkt->proto != IPPROTO_ICMPV6)
-		return DROP_SPOOF_ADDRESS;
-	switch (pkt->icmp_type) {
-	case ICMP6_NEIGHBOUR_SOLICIT:
-	case ICMP6_ROUTER_SOLICIT:
-	case ICMP6_MLD_REPORT:
-	case ICMP6_MLD_DONE:
-	case ICMP6_MLD2_REPORT:
-		return DROP_NONE;
-	}
 	return DROP_SPOOF_ADDRESS;
 }
 
@@ -165,7 +65,7 @@ static __always_inline int spoof_ipv6(struct __sk_buff *skb, struct port *port, 
 		reason = DROP_SPOOF_ADDRESS;
 	else if (addr_is_zero(pkt->laddr))
 		reason = spoof_ipv6_unspecified(pkt);
-	else if (!addr_is_link_local(pkt->laddr) && !spoof_address_owned(port->slot, pkt->laddr))
+	else if (!addr_is_link_local(pkt->laddr) && !addr_is_owned(port->slot, pkt->laddr))
 		reason = DROP_SPOOF_ADDRESS;
 	if (!reason && pkt->proto == IPPROTO_ICMPV6 && pkt->fragment != FRAGMENT_LATER)
 		reason = spoof_nd(skb, port, pkt, mac);
@@ -187,7 +87,7 @@ static __always_inline int spoof_arp(struct __sk_buff *skb, struct port *port, c
 	__builtin_memcpy(&sender, arp.sender_ip, sizeof(sender));
 	addr_map_v4(addr, sender);
 	/* RARP has no address yet (RFC 903), nor has a probe (RFC 5227) */
-	if (!sender || spoof_address_owned(port->slot, addr))
+	if (!sender || addr_is_owned(port->slot, addr))
 		return DROP_NONE;
 	return DROP_SPOOF_ARP;
 }

@@ -10,6 +10,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "address.h"
 #include "maps.h"
 #include "packet.h"
 
@@ -30,11 +31,6 @@ static __always_inline int send_to(struct __sk_buff *skb, __u32 ifindex, __u32 p
 static __always_inline int sent(int result, __u32 path)
 {
 	return path & PATH_CLONE ? result == 0 : result == TC_ACT_REDIRECT;
-}
-
-static __always_inline int addr_is_v4(const __be32 addr[4])
-{
-	return !addr[0] && !addr[1] && addr[2] == bpf_htonl(0xffff);
 }
 
 /* Sends the frame to `hosts[host]` with a 24-bit id and a group policy mark. Returns the verdict; TC_ACT_SHOT: it could
