@@ -21,7 +21,7 @@ from migrator.coordinator.store import Store
 from migrator.errors import ConfigInvalid
 
 RESYNC_DELAY_S = 0.05
-RESYNC_DELAY_PER_HOST_S = 0.001
+RESYNC_DELAY_PER_HOST_S = 0.002
 
 ATTACHED = Gauge("migrator_hosts_attached", "Agents that are attached")
 REVISION = Gauge("migrator_revision", "Newest revision of the configuration")
