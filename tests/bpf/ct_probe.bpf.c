@@ -4,6 +4,7 @@
 
 #include "control.bpf.c"
 #include "lib/judge.h"
+#include "race.h"
 
 static __always_inline int probe(struct __sk_buff *skb, int direction)
 {
