@@ -111,6 +111,7 @@ class Agent:
         await self.guests.stop()
         await asyncio.to_thread(self.around.close)
         await asyncio.to_thread(self.driver.stop)
+        self.store.close()
         self.config.agent.socket.unlink(missing_ok=True)
         self._log.info("agent stopped", host=self.host)
 

@@ -231,7 +231,7 @@ class SourceEnd(End):
     async def _stop_copying(self) -> None:
         """The copy ends after what it is sending; a stream that stands still ends it too."""
         self._halt_copying()
-        if self._copying is not None:
+        if self._copying is not None and not self._copying.done():
             await asyncio.wait({self._copying}, timeout=self.around.settings.step_s)
 
     def _count(self, began: float) -> None:
@@ -252,7 +252,12 @@ class SourceEnd(End):
         await self.stream.send(message)
 
     async def _end_round(self) -> None:
-        """Send the round's totals and wait until the destination has loaded it all."""
+        """Send the round's totals and wait until the destination has loaded it all.
+
+        Not any more once the copy has to stop: what is sent from then on belongs to the last round.
+        """
+        if self._stop_copy.is_set():
+            return
         total = self.copier.end_round()
         await self._write(
             pb.FromSource(round_end=pb.RoundEnd(round=total.round, records=total.records, digest=total.digest))
@@ -262,6 +267,7 @@ class SourceEnd(End):
             await self._round_done.wait()
 
     async def _watch(self, _: words.Watch) -> None:
+        await self.call(self.ports.idle)  # whatever has to be found or opened for it is from then on
         self.beside("watch", self._watch_memory())
 
     async def _watch_memory(self) -> None:
@@ -331,18 +337,28 @@ class SourceEnd(End):
             self.report.frames["may_be_lost"] = 2
             self.report.warn("the guest stopped by itself: one or two frames may be lost")
         self.stop_beside("watch")
-        began = time.monotonic()
-        await self.call(self.ports.shut)
-        self.report.lasted("quiesce", began)
-        await self._stop_copying()
-        began = time.monotonic()
-        rest = self.copier.rest()
-        while (batch := await self.call(next, rest, None)) is not None:
+        self._halt_copying()
+        first = await self.call(self._shut_and_drain)
+        await self._stop_copying()  # what it was sending goes before
+        for batch in first:
             await self._send(batch)
-        self.report.lasted("drain", began)
+        if not first or first[-1].restart:
+            rest = self.copier.rest()
+            while (batch := await self.call(next, rest, None)) is not None:
+                await self._send(batch)
         if action.follow:
             await self.call(self.ports.take)
         self.post(words.Drained())
+
+    def _shut_and_drain(self) -> list[Batch]:
+        """In the lane, in one go: it is what the guest waits for. Nothing when the first dump is not complete."""
+        began = time.monotonic()
+        self.ports.shut()
+        self.report.lasted("quiesce", began)
+        began = time.monotonic()
+        batches = [self.copier.drain()] if self.copier.dumped else []
+        self.report.lasted("drain", began)
+        return batches
 
     async def _send_final(self, _: words.SendFinal) -> None:
         total = self.copier.end_round()
@@ -356,7 +372,6 @@ class SourceEnd(End):
         self.stop_beside("step", "connect", "watch", "ask")
         self.report.mark("opened")
         await self._stop_copying()
-        await self.call(self.ports.shut)
         await self.call(self.ports.redirect, self.order.channel, self.order.destination)
         self.report.span("held_delivered", "opened")
         self.report.span("downtime", "paused", "opened")

@@ -62,6 +62,7 @@ class Ports:
         self._report.frames["taken"] = sum(len(frames) for frames in self._taken.values())
 
     def redirect(self, channel: int, host: str) -> None:
+        self.shut()
         self.take()
         for ref in self._refs:
             judged, self._taken[ref] = self._taken[ref], []
