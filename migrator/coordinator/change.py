@@ -49,15 +49,23 @@ class Counters:
         self._planned, self._journal = planned, journal
 
     def next(self, name: str) -> int:
-        value = self._planned.counters.get(name) or self._journal.counter(name)
-        self._planned.counters[name] = value + 1
-        return int(value) + 1
+        self._planned.counters[name] = self.value(name) + 1
+        return self._planned.counters[name]
+
+    def value(self, name: str) -> int:
+        return self._planned.counters.get(name) or self._journal.counter(name)
 
     def at_least(self, name: str, value: int) -> None:
-        self._planned.counters[name] = max(value, self._planned.counters.get(name) or self._journal.counter(name))
+        self._planned.counters[name] = max(value, self.value(name))
 
 
-def plan_apply(catalog: Catalog, wanted: config.Config, journal: Journal, migrating: frozenset[str]) -> Planned:
+Running = Mapping[tuple[str, str, str], int]
+"""(vm, mac, host) -> epoch of the active instance that the host's agent has."""
+
+
+def plan_apply(
+    catalog: Catalog, wanted: config.Config, journal: Journal, migrating: frozenset[str], running: Running
+) -> Planned:
     """Writes that make `wanted` so; what it does not name stays. `migrating`: VMs that are being moved.
 
     Raises ConfigInvalid or AlreadyMigrating.
@@ -72,7 +80,9 @@ def plan_apply(catalog: Catalog, wanted: config.Config, journal: Journal, migrat
     for policy in wanted.policies:
         planned.put(catalog, "policy", policy.name, _with_ids(catalog, policy, counters))
     for port in wanted.ports:
-        _plan_port(catalog, config.to_message(port), planned, counters, migrating)
+        message = config.to_message(port)
+        _plan_port(catalog, message, planned, migrating)
+        _plan_places(catalog, message, planned, counters, running)
     _check(_after(catalog, planned), planned)
     return planned
 
@@ -161,9 +171,7 @@ def _same_but_id(old: pb.Rule, new: pb.Rule) -> bool:
     return probe == old
 
 
-def _plan_port(
-    catalog: Catalog, port: pb.Port, planned: Planned, counters: Counters, migrating: frozenset[str]
-) -> None:
+def _plan_port(catalog: Catalog, port: pb.Port, planned: Planned, migrating: frozenset[str]) -> None:
     key = f"{port.vm}/{port.mac}"
     known = catalog.ports.get(key)
     if known is None:
@@ -178,13 +186,28 @@ def _plan_port(
             planned.warnings.append(f"port {key}: stays at {known.host}, only migrate moves a VM (not to {port.host})")
         port.host = known.host
     planned.put(catalog, "port", key, port)
-    epoch = counters.next(epoch_counter(port.vm)) if known is None else catalog.epoch(known)
+
+
+def _plan_places(catalog: Catalog, port: pb.Port, planned: Planned, counters: Counters, running: Running) -> None:
+    known = catalog.ports.get(f"{port.vm}/{port.mac}")
+    epoch = catalog.epoch(known) if known is not None else _new_epoch(port, counters, running)
     gone = set(place_names(known)) - set(place_names(port)) if known is not None else set()
     planned.writes += [Write("place", name, None) for name in sorted(gone)]
     for write in place_writes(port, port.host, epoch):
         place = catalog.places.get(write.name)
         if place is None or (place.vm == port.vm and place.SerializeToString() != write.body):
             planned.writes.append(write)
+
+
+def _new_epoch(port: pb.Port, counters: Counters, running: Running) -> int:
+    """Epoch of a port's first instance. One that runs there already and that the journal never knew, for an earlier
+    journal was lost, is taken over as it is: its connections live on."""
+    name = epoch_counter(port.vm)
+    found = running.get((port.vm, port.mac, port.host), 0)
+    if found <= counters.value(name):
+        return counters.next(name)
+    counters.at_least(name, found)
+    return found
 
 
 def _after(catalog: Catalog, planned: Planned) -> Catalog:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import structlog
 from prometheus_client import Gauge
@@ -175,10 +175,20 @@ class Cluster:
     def apply(self, request: pb.ApplyRequest) -> pb.ApplyReply:
         """Make objects or change them: all of it or nothing. Raises ConfigInvalid, AlreadyMigrating."""
         wanted = config.from_message(request.config, config.Config)
-        planned = plan_apply(self.store.catalog, wanted, self.store.journal, self.migrations.migrating())
+        moving, running = self.migrations.migrating(), self._running_instances()
+        planned = plan_apply(self.store.catalog, wanted, self.store.journal, moving, running)
         if not request.dry_run:
             self._carry_out(planned)
         return self._reply(planned)
+
+    def _running_instances(self) -> Mapping[tuple[str, str, str], int]:
+        """As of each agent's Hello."""
+        return {
+            (instance.vm, instance.mac, session.host): instance.epoch
+            for session in self.roster
+            for instance in session.hello.instances
+            if instance.state == "active"
+        }
 
     def remove(self, request: pb.Removal) -> pb.ApplyReply:
         """Remove one object. Raises ObjectNotFound, ConfigInvalid, AlreadyMigrating."""

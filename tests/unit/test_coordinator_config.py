@@ -8,7 +8,7 @@ import pytest
 
 from migrator import config
 from migrator._pb import migrator_pb2 as pb
-from migrator.coordinator.change import Planned, plan_apply, plan_removal
+from migrator.coordinator.change import Planned, Running, plan_apply, plan_removal
 from migrator.coordinator.journal import Batch
 from migrator.coordinator.sqlite import SqliteJournal
 from migrator.coordinator.store import Store
@@ -17,6 +17,7 @@ from tests.unit.scripted import MAC, VM, configuration
 
 OTHER_VM = "0b0b0b0b-8a5d-4e0e-9d3e-0c5f7b1f2a02"
 NOBODY: frozenset[str] = frozenset()
+NOTHING: Running = {}
 
 
 @pytest.fixture
@@ -26,12 +27,12 @@ def store(tmp_path: Path):
     journal.close()
 
 
-def plan(store: Store, message: pb.Config, moving: frozenset[str] = NOBODY) -> Planned:
-    return plan_apply(store.catalog, config.from_message(message, config.Config), store.journal, moving)
+def plan(store: Store, message: pb.Config, moving: frozenset[str] = NOBODY, running: Running = NOTHING) -> Planned:
+    return plan_apply(store.catalog, config.from_message(message, config.Config), store.journal, moving, running)
 
 
-def apply(store: Store, message: pb.Config) -> Planned:
-    planned = plan(store, message)
+def apply(store: Store, message: pb.Config, running: Running = NOTHING) -> Planned:
+    planned = plan(store, message, running=running)
     store.commit(Batch(planned.writes, counters=planned.counters))
     return planned
 
@@ -96,6 +97,16 @@ def test_epochs_of_a_vm_never_repeat(store: Store) -> None:
     assert not store.catalog.places
     apply(store, configuration())
     assert store.catalog.epoch(store.catalog.ports_of(VM)[0]) == 2
+
+
+def test_instance_that_a_lost_journal_knew_is_taken_over(store: Store) -> None:
+    running = {(VM, MAC, "h1"): 7}
+    apply(store, configuration(), running)
+    assert store.catalog.epoch(store.catalog.ports_of(VM)[0]) == 7
+    planned = plan_removal(store.catalog, "port", f"{VM}/{MAC}", NOBODY)
+    store.commit(Batch(planned.writes))
+    apply(store, configuration(), running)  # an old Hello still names it: it has ended
+    assert store.catalog.epoch(store.catalog.ports_of(VM)[0]) == 8
 
 
 @pytest.mark.parametrize(
