@@ -205,7 +205,8 @@ class Driver(abc.ABC):
         """The guest runs here: frames for the VM come to this port from now on, what the guest sent is judged and goes.
 
         Needs committed (a new VM: staged; then the tables are what was loaded). Idempotent. `broadcast` False: native
-        broadcast stays off until set_broadcast, because the source still passes it.
+        broadcast stays off until set_broadcast, because the source still passes it. After accept_redirect other frames
+        that come by themselves wait as long, behind what the source held, at most a second: flows keep their order.
         """
 
     @abc.abstractmethod

@@ -222,7 +222,6 @@ class DestinationEnd(End):
             pumped = self.driver.open(ref, broadcast=False)
             self.report.frames["released"] += pumped.passed
             self.report.frames["dropped"] += pumped.dropped
-            self.driver.set_lease(ref, None)
 
     async def _announce(self) -> None:
         """Say on every wire where the VM is. What is lost of it, the places that the coordinator gives make up for."""

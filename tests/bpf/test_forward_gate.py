@@ -140,6 +140,29 @@ def test_just_opened_takes_no_native_broadcast(lab: Lab) -> None:
     assert lab.drops(2) == {MODEL.DROP_BROADCAST_PATH: 1}
 
 
+def test_what_comes_by_itself_waits_for_the_source(lab: Lab) -> None:
+    """Just moved here: only what the source passes on goes past the gate; the rest follows it, broadcast does not."""
+    flags = MODEL.PORT_F_STATELESS | MODEL.PORT_F_AWAITS_SOURCE | MODEL.PORT_F_NO_BROADCAST
+    a, b = two_ports(lab, gate=SHUT, flags=flags)
+    tap = lab.tap(2, MODEL.DEVICE_HOLD_TO)
+    lab.change_port(2, hold_to=tap.ifindex)
+    a.send(datagram(B, A, b"by itself"))
+    a.send(datagram(BROADCAST, A))
+    (waiting,) = read_all(tap, 1)
+    wait_for(lambda: lab.drops(2) == {MODEL.DROP_BROADCAST_PATH: 1}, "broadcast is the source's business")
+    lab.change_port(2, hold_to=0)
+    tap.write(datagram(B, A, b"held at the source"))  # as it comes by the channel: moved
+    assert b.receive() == datagram(B, A, b"held at the source")
+    tap.write(waiting)
+    assert b.receive() == datagram(B, A, b"by itself")
+
+
+def test_a_source_that_is_dead_keeps_nothing_waiting(lab: Lab) -> None:
+    a, b = two_ports(lab, gate=SHUT, flags=MODEL.PORT_F_STATELESS | MODEL.PORT_F_AWAITS_SOURCE, lease=PAST)
+    a.send(datagram(B, A))
+    assert b.receive() == datagram(B, A)
+
+
 @pytest.mark.parametrize("lease, reason", [(PAST, "DROP_LEASE"), (0, "")])
 def test_a_lease_ends_a_hold(lab: Lab, lease: int, reason: str) -> None:
     a, _ = two_ports(lab, gate=SHUT, lease=lease)
@@ -236,4 +259,37 @@ def test_frames_held_before_the_commit_open_the_port_when_given_back(lab: Lab) -
     tap.write(frame)
     assert a.receive() == rarp(B)
     wait_for(lambda: held(lab) == (0, 0), "nothing held")
+    assert lab.switch.get("ports", "port", 2).word & 0xFF == MODEL.PORT_ACTIVE
+
+
+AWAITS = MODEL.PORT_F_STATELESS | MODEL.PORT_F_AWAITS_SOURCE
+
+
+def test_a_port_that_moved_here_holds_what_comes_by_itself(lab: Lab) -> None:
+    a, b = two_ports(lab, gate=SHUT, flags=AWAITS, lease=time.monotonic_ns() + 10**11)
+    tap, drained = lab.tap(2, MODEL.DEVICE_HOLD_TO), lab.tap(2, MODEL.DEVICE_JUDGED)
+    lab.change_port(2, hold_to=tap.ifindex)
+    native, held_at_source = datagram(B, A, b"native"), datagram(B, OTHER, b"from the source")
+    a.send(native)
+    assert read_all(tap, 1) == [native]
+    drained.write(held_at_source)
+    assert b.receive() == held_at_source
+    a.send(datagram(BROADCAST, A))
+    wait_for(lambda: lab.drops(2) == {MODEL.DROP_BROADCAST_PATH: 1}, "broadcast comes through the source")
+    lab.set_flags(2, MODEL.PORT_F_STATELESS)  # the source is done
+    lab.change_port(2, gate=MODEL.GATE_LOCAL)
+    tap.write(native)
+    assert b.receive() == native
+
+
+def test_a_dead_source_keeps_nothing_waiting(lab: Lab) -> None:
+    a, b = two_ports(lab, gate=SHUT, flags=AWAITS, lease=PAST)
+    a.send(datagram(B, A))
+    assert b.receive() == datagram(B, A)
+
+
+def test_the_first_frame_opens_a_port_that_awaits_its_source_shut(lab: Lab) -> None:
+    _, b = two_ports(lab, state=MODEL.PORT_STAGED, gate=MODEL.GATE_NONE, epoch=7, commit=7, flags=AWAITS)
+    b.send(rarp(B))
+    wait_for(lambda: lab.switch.get("ports", "port", 2).gate == SHUT, "the gate is shut")
     assert lab.switch.get("ports", "port", 2).word & 0xFF == MODEL.PORT_ACTIVE

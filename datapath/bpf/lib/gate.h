@@ -75,6 +75,24 @@ static __always_inline int gate_pass(struct __sk_buff *skb, struct port *port, _
 }
 
 /*
+ * A VM that has just moved here: its shut gate holds what comes by itself until the source has passed on what it held,
+ * or the order of a flow would break. What the source sends goes past the hold: PATH_PASSED is added to `path`. A
+ * source that is dead keeps nothing waiting for ever: the lease. Returns enum drop_reason.
+ */
+static __always_inline int gate_source_first(const struct port *port, __u32 *path)
+{
+	__u64 word = READ_ONCE(port->word);
+
+	if (!(PORT_FLAGS(word) & PORT_F_AWAITS_SOURCE) || PORT_STATE(word) != PORT_ACTIVE)
+		return DROP_NONE;
+	if ((*path & PATH_FLOOD) && !(*path & PATH_MOVED))
+		return DROP_BROADCAST_PATH;
+	if ((*path & PATH_MOVED) || lease_passed(port))
+		*path |= PATH_PASSED;
+	return DROP_NONE;
+}
+
+/*
  * Sends the frame to the port in `slot`, as the guest is to see it (with its tag). Returns the verdict; with PATH_CLONE
  * it has no meaning. Whatever ends here is counted at the port, but for flooded frames that find no gate: a staged port
  * is no member yet.
@@ -90,6 +108,9 @@ __noinline int deliver(struct __sk_buff *skb, __u32 slot, __u32 path)
 	gate = READ_ONCE(port->gate);
 	if (GATE_TARGET(gate) == GATE_NONE && !GATE_SHUT(gate))
 		return path & PATH_FLOOD ? TC_ACT_SHOT : drop_at(skb, port, TO_GUEST, DROP_NO_PLACE);
+	reason = gate_source_first(port, &path);
+	if (reason)
+		return drop_at(skb, port, TO_GUEST, reason);
 	if (!(path & (PATH_PASSED | PATH_JUDGED)) && (GATE_SHUT(gate) || READ_ONCE(port->held_to))) {
 		if (GATE_SHUT(gate) && lease_passed(port))
 			return drop_at(skb, port, TO_GUEST, DROP_LEASE);

@@ -30,12 +30,14 @@
 static __noinline __u8 receive_open(struct __sk_buff *skb, struct port *port)
 {
 	__u64 word = READ_ONCE(port->word);
+	int shut;
 
 	for (int i = 0; i < OPEN_ATTEMPTS; i++) {
 		if (PORT_STATE(word) != PORT_STAGED || !PORT_EPOCH(word) || READ_ONCE(port->commit) != PORT_EPOCH(word))
 			break;
 		if (cas(&port->word, word, (word & ~0xffULL) | PORT_ACTIVE)) {
-			WRITE_ONCE(port->gate, GATE_WORD(GATE_LOCAL, 0));
+			shut = !!(PORT_FLAGS(word) & PORT_F_AWAITS_SOURCE);
+			WRITE_ONCE(port->gate, GATE_WORD(GATE_LOCAL, shut));
 			l2_take(port, port->network, 0);
 			event_send(skb, port->slot, EVENT_WHAT(EVENT_OPENED, FROM_GUEST, DROP_NONE), 0);
 			return PORT_ACTIVE;

@@ -41,6 +41,7 @@ enum port_flag {
 	    1 << 5, /* a dirty key could not be recorded: dump again (set by programs, cleared by the agent) */
 	PORT_F_NO_BROADCAST = 1 << 6, /* just opened: broadcast still comes through the source */
 	PORT_F_TRUNK = 1 << 7,        /* frames with a tag belong to the network of `trunks` */
+	PORT_F_AWAITS_SOURCE = 1 << 8, /* moved here: what the source held goes first, what comes by itself waits */
 };
 
 enum gate_target {

@@ -129,8 +129,11 @@ class EbpfDriver(Driver):
         return self._parts().switchover.open(self._find(ref), broadcast=broadcast)
 
     def set_broadcast(self, ref: PortRef, on: bool) -> None:
-        flag = C.PORT_F_NO_BROADCAST
-        self._parts().words.flag(self._find(ref).slot, add=0 if on else flag, drop=flag if on else 0)
+        parts, instance = self._parts(), self._find(ref)
+        if on:
+            parts.switchover.source_done(instance)
+        else:
+            parts.words.flag(instance.slot, add=C.PORT_F_NO_BROADCAST)
 
     def hold(self, ref: PortRef) -> None:
         self._parts().switchover.hold(self._find(ref))

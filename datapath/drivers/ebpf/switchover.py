@@ -26,6 +26,7 @@ from datapath.errors import NotReady
 from datapath.provider import Pumped
 
 CHANNEL_MAX = (1 << 24) - 1
+SOURCE_FIRST_S = 1.0  # frames that come by themselves wait so long for what the source held, and no longer
 
 
 class Switchover:
@@ -54,6 +55,10 @@ class Switchover:
         slot = instance.slot
         if self._words.word(slot).state == C.PORT_STAGED:
             self._activate(instance, broadcast=broadcast)
+        awaits = not broadcast and self._words.has(slot, C.PORT_F_AWAITS_SOURCE)
+        self._kernel.ports.store(slot, "lease", ktime_ns() + int(SOURCE_FIRST_S * 1e9) if awaits else 0)
+        if broadcast:
+            self.source_done(instance)
         _require(instance, self._words.running(slot), "open needs a staged or active port")
         self._fdb.take_all(instance)
         passed = self._holds.pump_from(instance)
@@ -65,11 +70,20 @@ class Switchover:
     def _activate(self, instance: Instance, *, broadcast: bool) -> None:
         slot = instance.slot
         self._words.set_clock(slot, max(self._words.clock(slot), ORIGIN_NS))
-        self._words.set_gate(slot, C.GATE_LOCAL)
+        awaits = not broadcast and self._words.has(slot, C.PORT_F_AWAITS_SOURCE)
+        self._words.set_gate(slot, C.GATE_LOCAL, shut=awaits)
         flags = 0 if broadcast else C.PORT_F_NO_BROADCAST
         sources = (C.PORT_STAGED, C.PORT_ACTIVE)  # its first frame may be quicker
         self._words.change(slot, instance.ref.epoch, sources, C.PORT_ACTIVE, add=flags)
-        self._kernel.ports.store(slot, "lease", 0)
+
+    def source_done(self, instance: Instance) -> None:
+        """Nothing that was held at the source comes any more: what waited behind it goes, then native broadcast."""
+        slot = instance.slot
+        before = self._words.flag(slot, drop=C.PORT_F_AWAITS_SOURCE | C.PORT_F_NO_BROADCAST)
+        if before.flags & C.PORT_F_AWAITS_SOURCE and before.state == C.PORT_ACTIVE:
+            self._kernel.ports.store(slot, "lease", 0)
+            self._words.set_gate(slot, C.GATE_LOCAL)  # frames that come now queue behind those that wait
+            self._holds.pump_to(instance)
 
     # ---- source ----
 
@@ -78,6 +92,8 @@ class Switchover:
         target, _ = self._words.gate(instance.slot)
         _require(instance, target == C.GATE_LOCAL, "hold needs a port whose frames come here")
         instance.hold_began = self._holds.overflowed(instance)
+        self._words.flag(instance.slot, drop=C.PORT_F_AWAITS_SOURCE)  # of an earlier move: all wait from now on
+        self._kernel.ports.store(instance.slot, "lease", 0)
         self._words.set_gate(instance.slot, C.GATE_LOCAL, shut=True)
         barrier()
 
