@@ -30,7 +30,7 @@ class Port:
     silent: tuple[str, ...] = ()  # addresses it may use but its kernel does not have: nothing answers by itself
 
 
-@dataclass
+@dataclass(eq=False)
 class Machine:
     """What has ports, addresses and sockets: a VM, or a peer that never moves."""
 

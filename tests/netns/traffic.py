@@ -30,13 +30,13 @@ class Conversations:
         return made
 
     def _open(self, server: Machine, client: Machine, count: int, every_ms: float, ipv6: bool) -> None:
-        server.worker("tcp").call("listen", address="::" if ipv6 else "0.0.0.0", port=SERVICE + ipv6)
+        server.worker("tcp").call("listen", address="::" if ipv6 else "0.0.0.0", port=SERVICE)
         worker = client.worker("tcp")
         address = server.address6 if ipv6 else server.address
         opened = worker.call(
             "connect",
             address=address,
-            port=SERVICE + ipv6,
+            port=SERVICE,
             count=count,
             timeout_s=20,
         )

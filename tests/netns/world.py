@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import time
 from collections.abc import Sequence
@@ -132,6 +133,8 @@ class World:
 
     def leave_nothing(self) -> None:
         """Remove what was made; then every host must look as one that never saw it, and no log may complain."""
+        for machine in self.machines:
+            self.cluster.settled(machine)
         self.cluster.withdraw(*self.machines)
         for worker in self.cluster.workers:
             worker.close()
@@ -170,8 +173,15 @@ class World:
 
 
 def _complaining(name: str, text: str) -> list[str]:
-    words = re.compile(r"warning|error|critical|traceback", re.IGNORECASE)
-    return [f"{name}: {line}" for line in text.splitlines() if words.search(line)]
+    return [f"{name}: {line}" for line in text.splitlines() if _complains(line)]
+
+
+def _complains(line: str) -> bool:
+    """A log line of level warning or above, or one that is no log line."""
+    try:
+        return bool(json.loads(line)["level"] in ("warning", "error", "critical"))
+    except (ValueError, KeyError, TypeError):
+        return bool(line.strip())
 
 
 def since(moment: float) -> float:

@@ -182,6 +182,8 @@ class Probe:
 
     def _bound(self, order: Message) -> socket.socket:
         bound = self._socket(order["address"], "udp")
+        if bound.family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         bound.bind((order["address"], order["port"]))
         return bound
 

@@ -100,6 +100,8 @@ class Tcp:
     def listen(self, order: Message) -> Message:
         listener = socket.socket(family(order["address"]), socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if listener.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.setblocking(False)
         listener.bind((order["address"], order["port"]))
         listener.listen(4096)
