@@ -92,7 +92,7 @@ def test_rules_go_by_id(host: Host) -> None:
 
 def test_second_mac_behind_a_port_is_learned_and_dumped(host: Host) -> None:
     guest = host.guest("10.0.0.1", antispoof=False)
-    frame = bytes.fromhex("ffffffffffff" "0200000000aa" "0806") + bytes(46)
+    frame = bytes.fromhex("ffffffffffff0200000000aa0806") + bytes(46)
 
     def send() -> None:
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
