@@ -101,6 +101,11 @@ class Fdb:
         }
         return Loaded(int(fits.sum()), tuple((reason, count) for reason, count in reasons.items() if count))
 
+    def keys_of(self, instance: Instance, table: Table) -> Keys:
+        """Keys of a table's records in the kernel's table, those on a VLAN that the port has."""
+        columns, networks = checked_columns(FDB, table), self.networks_of(instance)
+        return self._keys(columns, networks)[np.isin(columns["vlan"], list(networks))]
+
     def _keys(self, columns: Columns, networks: dict[int, int]) -> Keys:
         keys = np.zeros(len(columns["mac"]), L2_KEY)
         keys["mac"] = np.ascontiguousarray(columns["mac"]).view(np.uint8).reshape(-1, 6)

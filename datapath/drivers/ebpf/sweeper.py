@@ -12,8 +12,9 @@ import numpy as np
 from datapath.drivers.ebpf.clock import ktime_ns
 from datapath.drivers.ebpf.instances import Instance, Instances
 from datapath.drivers.ebpf.kernel import Kernel
-from datapath.drivers.ebpf.layout import CT_KEY, C
+from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.networks import Networks
+from datapath.drivers.ebpf.noting import l2_dirty_keys
 from datapath.drivers.ebpf.words import Words
 from datapath.errors import DatapathError, KernelError
 from datapath.provider import Event
@@ -135,20 +136,9 @@ class Sweeper:
         instance = self._instances.at(slot)
         if instance is None or instance.dirty is None:
             return
-        instance.dirty.set(l2_dirty_key(key), 1)
+        instance.dirty.set(l2_dirty_keys(key.reshape(1))[0], 1)
 
     def _correct(self, slots: np.ndarray) -> None:
         counts = np.bincount(slots, minlength=self._kernel.slots)
         for instance in self._instances:
             self._kernel.ports.view["learned"][instance.slot] = counts[instance.slot]
-
-
-def l2_dirty_key(key: np.ndarray) -> np.ndarray:
-    """Key of an L2 entry (struct l2_key) in a dirty set: enum ct_type CT_TYPE_L2."""
-    made = np.zeros(1, CT_KEY)
-    raw = made.view(np.uint8)
-    raw[:6] = np.asarray(key["mac"], np.uint8)
-    raw[16:20] = np.array([key["network"]], "<u4").view(np.uint8)
-    made["type"] = C.CT_TYPE_L2
-    record: np.ndarray = made[0]
-    return record

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from datapath.drivers.ebpf.acl import validate
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.layout import C
+from datapath.drivers.ebpf.noting import note_connections, note_l2
 from datapath.errors import LoadRejected, NotReady, UnsupportedKind
 from datapath.provider import Loaded
 from datapath.state.acl import ACL
@@ -33,7 +34,7 @@ class Tables:
         self._loads: dict[str, Callable[[Instance, Table], Loaded]] = {
             PORT.name: self._load_port,
             ACL.name: self._load_acl,
-            FDB.name: lambda instance, table: self._fdb.load(instance, table, opened=self._opened(instance)),
+            FDB.name: self._load_fdb,
             CONNTRACK.name: self._load_conntrack,
         }
 
@@ -79,12 +80,21 @@ class Tables:
 
     def _load_conntrack(self, instance: Instance, table: Table) -> Loaded:
         if table.op is not Op.ACCOUNT:
-            return self._connections.load(instance, table)
+            done = self._connections.load(instance, table)
+            note_connections(self._words, instance, table)
+            return done
         loaded, ended = self._connections.account(instance, table)
         if ended:
             known = instance.entry.carried.get("ended", {})
             amounts = {str(number): list(amount) for number, amount in ended.items()}
             self._carry(instance, "ended", {**known, **amounts})
+        return loaded
+
+    def _load_fdb(self, instance: Instance, table: Table) -> Loaded:
+        opened = self._opened(instance)
+        loaded = self._fdb.load(instance, table, opened=opened)
+        if opened:
+            note_l2(self._words, instance, self._fdb.keys_of(instance, table))
         return loaded
 
     def _load_port(self, instance: Instance, table: Table) -> Loaded:
