@@ -221,10 +221,6 @@ class Lab:
             setattr(port, name, value)
         self.switch.put("ports", slot, port)
 
-    def set_flags(self, slot: int, flags: int) -> None:
-        word = self.switch.get("ports", "port", slot).word
-        self.change_port(slot, word=word & ~(0xFFFFFF << 8) | flags << 8)
-
     def uplink(self, own_mac: str) -> tuple[int, Wire]:
         """A physical interface: its ifindex, and the network behind it."""
         ifindex, wire = self.veth(own_mac)

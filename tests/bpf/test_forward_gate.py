@@ -262,34 +262,9 @@ def test_frames_held_before_the_commit_open_the_port_when_given_back(lab: Lab) -
     assert lab.switch.get("ports", "port", 2).word & 0xFF == MODEL.PORT_ACTIVE
 
 
-AWAITS = MODEL.PORT_F_STATELESS | MODEL.PORT_F_AWAITS_SOURCE
-
-
-def test_a_port_that_moved_here_holds_what_comes_by_itself(lab: Lab) -> None:
-    a, b = two_ports(lab, gate=SHUT, flags=AWAITS, lease=time.monotonic_ns() + 10**11)
-    tap, drained = lab.tap(2, MODEL.DEVICE_HOLD_TO), lab.tap(2, MODEL.DEVICE_JUDGED)
-    lab.change_port(2, hold_to=tap.ifindex)
-    native, held_at_source = datagram(B, A, b"native"), datagram(B, OTHER, b"from the source")
-    a.send(native)
-    assert read_all(tap, 1) == [native]
-    drained.write(held_at_source)
-    assert b.receive() == held_at_source
-    a.send(datagram(BROADCAST, A))
-    wait_for(lambda: lab.drops(2) == {MODEL.DROP_BROADCAST_PATH: 1}, "broadcast comes through the source")
-    lab.set_flags(2, MODEL.PORT_F_STATELESS)  # the source is done
-    lab.change_port(2, gate=MODEL.GATE_LOCAL)
-    tap.write(native)
-    assert b.receive() == native
-
-
-def test_a_dead_source_keeps_nothing_waiting(lab: Lab) -> None:
-    a, b = two_ports(lab, gate=SHUT, flags=AWAITS, lease=PAST)
-    a.send(datagram(B, A))
-    assert b.receive() == datagram(B, A)
-
-
 def test_the_first_frame_opens_a_port_that_awaits_its_source_shut(lab: Lab) -> None:
-    _, b = two_ports(lab, state=MODEL.PORT_STAGED, gate=MODEL.GATE_NONE, epoch=7, commit=7, flags=AWAITS)
+    awaits = MODEL.PORT_F_STATELESS | MODEL.PORT_F_AWAITS_SOURCE
+    _, b = two_ports(lab, state=MODEL.PORT_STAGED, gate=MODEL.GATE_NONE, epoch=7, commit=7, flags=awaits)
     b.send(rarp(B))
     wait_for(lambda: lab.switch.get("ports", "port", 2).gate == SHUT, "the gate is shut")
     assert lab.switch.get("ports", "port", 2).word & 0xFF == MODEL.PORT_ACTIVE
