@@ -68,17 +68,20 @@ class HostConfig:
         ref = PortRef(removal.vm, removal.mac, removal.epoch)
         async with self._lock:
             await self._around.call(removal.vm, self._driver.purge, ref)
-            self.note_ended(removal.vm, removal.epoch)
+            self.note_ended(f"{removal.vm}/{removal.mac}", removal.epoch)  # the VM's other ports live on
 
     async def places(self, update: pb.PlaceUpdate) -> None:
         async with self._lock:
             await asyncio.to_thread(self._change_places, update.places, update.removed)
 
-    def note_ended(self, vm: str, epoch: int) -> None:
-        """An instance of this epoch has ended here: an order for it, or for an older one, comes too late."""
-        if epoch > self._ended.get(vm, -1):
-            self._ended[vm] = epoch
+    def note_ended(self, whose: str, epoch: int) -> None:
+        """Instances of this epoch, of a VM or of one port (VM/MAC), have ended here: orders for them come too late."""
+        if epoch > self._ended.get(whose, -1):
+            self._ended[whose] = epoch
             self._store.save_ended(self._ended)
+
+    def _has_ended(self, ref: PortRef) -> bool:
+        return any(ref.epoch <= self._ended.get(whose, -1) for whose in (ref.vm, f"{ref.vm}/{ref.mac}"))
 
     def mtu(self, network: str) -> int:
         """Bytes of an IP packet that the network carries; 1500 where nothing is said."""
@@ -132,7 +135,7 @@ class HostConfig:
         same = next((status for status in here if status.ref == ref), None)
         if same is not None:
             self._change(order, same)
-        elif self._in_hand(ref.vm) or ref.epoch <= self._ended.get(ref.vm, -1):
+        elif self._in_hand(ref.vm) or self._has_ended(ref):
             self._log.info("order comes too late", vm=ref.vm, mac=ref.mac, epoch=ref.epoch)
         elif any(status.state is not PortState.STUB for status in here):
             epochs = sorted(status.ref.epoch for status in here)

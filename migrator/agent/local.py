@@ -81,8 +81,8 @@ class AgentService(rpc.AgentServicer):
         found = found or [s.ref for s in statuses if s.state in SHOWN]
         if not found:
             raise PortNotFound(f"VM {vm} has no port on {self._agent.host}", hint="migrator vm show tells where it is")
-        newest = max(ref.epoch for ref in found)
-        return sorted(ref for ref in found if ref.epoch == newest)
+        newest = {ref.mac: ref for ref in sorted(found)}  # a port that was added later has a later epoch
+        return sorted(newest.values())
 
     async def Dump(self, request: pb.VmRequest, context: Any) -> AsyncIterator[pb.Chunk]:  # noqa: N802
         async with reported(context):

@@ -88,20 +88,22 @@ def _rule_row(rule: pb.Rule) -> Sequence[object]:
 def _show_applied(context: Context, word: str) -> None:
     ports = find_ports(context, word)
     macs = {port.mac for port in ports}
-    sections = [section for section in dump(context, ports[0].vm, "acl") if section.port in macs]
-    rules = [(s.port, record) for s in sections if s.table is not None for record in s.table.records or ()]
-    if not sections:
-        raise ObjectNotFound(f"{word} is not on this host", hint=f"ask the agent of {ports[0].host}")
+    rules: dict[tuple[str, int], dict[str, Any]] = {}
+    for section in dump(context, ports[0].vm, "acl"):
+        for record in section.table.records or () if section.table and section.port in macs else ():
+            empty = {"mac": section.port, "hits": 0, "hit_bytes": 0}  # hits come in records of their own
+            rules.setdefault((section.port, record["id"]), empty).update(record)
     if context.json:
-        print_json([{"mac": mac, **record} for mac, record in rules])
+        print_json(list(rules.values()))
         return
-    print_table(("MAC", *_RULE_COLUMNS, "HITS", "BYTES"), [(mac, *_record_row(record)) for mac, record in rules])
+    print_table(("MAC", *_RULE_COLUMNS, "HITS", "BYTES"), [_record_row(record) for record in rules.values()])
 
 
 def _record_row(record: dict[str, Any]) -> Sequence[object]:
     ports = ["-".join(str(end) for end in dict.fromkeys(span)) for span in record.get("ports", [])]
     icmp = "/".join(str(part) for part in record.get("icmp", []))
     return (
+        record["mac"],
         record["id"],
         record.get("priority", ""),
         record.get("direction", ""),
@@ -111,8 +113,8 @@ def _record_row(record: dict[str, Any]) -> Sequence[object]:
         icmp,
         record.get("action", ""),
         record.get("log", False),
-        record.get("hits", 0),
-        record.get("hit_bytes", 0),
+        record["hits"],
+        record["hit_bytes"],
     )
 
 

@@ -55,6 +55,14 @@ class Counters:
     def value(self, name: str) -> int:
         return self._planned.counters.get(name) or self._journal.counter(name)
 
+    def before(self, name: str) -> int:
+        """Value before this plan."""
+        return self._journal.counter(name)
+
+    def once(self, name: str) -> int:
+        """One new value for the whole plan."""
+        return self.value(name) if self.value(name) > self.before(name) else self.next(name)
+
     def at_least(self, name: str, value: int) -> None:
         self._planned.counters[name] = max(value, self.value(name))
 
@@ -200,12 +208,15 @@ def _plan_places(catalog: Catalog, port: pb.Port, planned: Planned, counters: Co
 
 
 def _new_epoch(port: pb.Port, counters: Counters, running: Running) -> int:
-    """Epoch of a port's first instance. One that runs there already and that the journal never knew, for an earlier
-    journal was lost, is taken over as it is: its connections live on."""
+    """Epoch of a port's first instance: the ports of a VM that are declared together have the same.
+
+    An instance that runs there already and that the journal never knew, for an earlier journal was lost, is taken over
+    as it is: its connections live on.
+    """
     name = epoch_counter(port.vm)
     found = running.get((port.vm, port.mac, port.host), 0)
-    if found <= counters.value(name):
-        return counters.next(name)
+    if found <= counters.before(name):
+        return counters.once(name)
     counters.at_least(name, found)
     return found
 

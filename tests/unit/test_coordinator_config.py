@@ -99,6 +99,15 @@ def test_epochs_of_a_vm_never_repeat(store: Store) -> None:
     assert store.catalog.epoch(store.catalog.ports_of(VM)[0]) == 2
 
 
+def test_ports_declared_together_share_an_epoch(store: Store) -> None:
+    both = configuration()
+    both.ports.append(port(mac="52:54:00:00:00:01"))
+    apply(store, both)
+    assert [store.catalog.epoch(item) for item in store.catalog.ports_of(VM)] == [1, 1]
+    apply(store, pb.Config(ports=[port(mac="52:54:00:00:00:02")]))
+    assert sorted(store.catalog.epoch(item) for item in store.catalog.ports_of(VM)) == [1, 1, 2]
+
+
 def test_instance_that_a_lost_journal_knew_is_taken_over(store: Store) -> None:
     running = {(VM, MAC, "h1"): 7}
     apply(store, configuration(), running)
