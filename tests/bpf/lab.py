@@ -50,6 +50,12 @@ def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
+def up(name: str) -> int:
+    """Set a device up. Returns its ifindex."""
+    _ip("link", "set", name, "up")
+    return socket.if_nametoindex(name)
+
+
 @contextlib.contextmanager
 def namespace() -> Iterator[str]:
     """A new network namespace that the calling thread is in, without IPv6's own chatter."""
