@@ -61,7 +61,8 @@ def live(entries: Entries) -> NDArray[np.bool_]:
 
 def key_columns(keys: Keys) -> Columns:
     """Key columns of the kind."""
-    portable = keys.view(_KEY)
+    # np.concatenate turns big-endian fields into native ones: the layout is made sure of before bytes are looked at
+    portable = np.ascontiguousarray(keys, layout.CT_KEY).view(_KEY)
     return {
         name: np.ascontiguousarray(portable[name], np.dtype(conntrack.CONNTRACK.columns[name].dtype))
         for name in _KEY_FIELDS

@@ -226,7 +226,9 @@ class Table(Handle):
         found = list(parts)
         if not found:
             return np.empty(0, self.key), np.empty((0, *self._slots), self._stored)
-        return np.concatenate([keys for keys, _ in found]), np.concatenate([values for _, values in found])
+        # dtype given: else fields in network order would come out in the machine's
+        keys = np.concatenate([keys for keys, _ in found], dtype=self.key)
+        return keys, np.concatenate([values for _, values in found], dtype=self._stored)
 
     def _apply(self, command: Command, keys: Records, values: Records | None) -> Batch:
         step = 0 if values is None else values.dtype.itemsize * int(np.prod(self._slots, dtype=int))
