@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 
 import pytest
 
+from datapath.errors import NotReady
 from datapath.provider import Driver
-from tests.contract.hosts import HOSTS, Host
+from tests.contract.hosts import HOSTS, Host, inside
 
 
-def _params() -> list[object]:
-    return [pytest.param(name, marks=[] if name == "dummy" else [pytest.mark.root]) for name in HOSTS]
+@pytest.fixture(scope="package")
+def switches() -> Iterator[Callable[[str], Host]]:
+    """The host of a driver, made once: loading programs takes seconds."""
+    made: dict[str, Host] = {}
+    with contextlib.ExitStack() as stack:
+
+        def host(name: str) -> Host:
+            if name not in made:
+                made[name] = stack.enter_context(HOSTS[name]())
+            return made[name]
+
+        yield host
 
 
-@pytest.fixture(params=_params())
-def host(request: pytest.FixtureRequest) -> Iterator[Host]:
-    """A host with a started driver of each sort."""
+@pytest.fixture(params=[pytest.param(name, marks=[] if name == "dummy" else [pytest.mark.root]) for name in HOSTS])
+def host(request: pytest.FixtureRequest, switches: Callable[[str], Host]) -> Iterator[Host]:
+    """A host with a started driver of each sort and no port; what the test makes on it is purged."""
     name = request.param
     if name != "dummy" and os.geteuid() != 0:
         pytest.skip("needs root for network namespaces and bpf(2)")
     (point,) = entry_points(group="migrator.drivers", name=name)
     if importlib.util.find_spec(point.module) is None:
         pytest.skip(f"driver {name} is not installed")
-    with HOSTS[name]() as made:
-        yield made
+    made = switches(name)
+    with inside(made):
+        made.events.clear()
+        try:
+            yield made
+        finally:
+            _emptied(made)
+
+
+def _emptied(host: Host) -> None:
+    """A test may have stopped or destroyed the driver, or failed between."""
+    try:
+        host.driver.networks()
+    except NotReady:
+        host.take_over()
+    host.empty()
 
 
 @pytest.fixture

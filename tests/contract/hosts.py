@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import importlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,31 @@ from datapath.provider import Driver, Event, Network, NetworkKind, PortRef
 from datapath.registry import driver
 from datapath.state.kind import Record
 from tests.contract.samples import MAC, port_record
-from tests.netns.private import private_namespace, wait_until
+from tests.netns.private import enter, private_namespace, wait_until
 
 VM = "6f1c0f6e-8a5d-4e0e-9d3e-0c5f7b1f2a01"
+BLUE = Network("blue", NetworkKind.LOCAL)
+PEERS = {"here": "192.0.2.1", "there": "192.0.2.2"}
 _numbers = itertools.count(1)
+
+_PATH = ("commit", "open", "hold", "quiesce", "redirect", "stub")
+STATES = ("staged", "committed", "active", "held", "quiesced", "redirecting", "stub")
+"""In the order in which a source's port comes by them."""
 
 
 def ref(epoch: int = 1, *, mac: str = MAC, vm: str = VM) -> PortRef:
     return PortRef(vm, mac, epoch)
+
+
+def bring(made: Driver, port: PortRef, state: str) -> None:
+    """Bring a staged port to one of STATES."""
+    for name in _PATH[: STATES.index(state)]:
+        if name == "redirect":
+            made.redirect(port, 4711, "there")
+        elif name == "stub":
+            made.purge(port, keep_redirect=True)
+        else:
+            getattr(made, name)(port)
 
 
 class Host(abc.ABC):
@@ -39,20 +59,32 @@ class Host(abc.ABC):
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.driver = self._started()
-        self.driver.set_network(Network("blue", NetworkKind.LOCAL))
-        self.driver.set_hosts({"here": "192.0.2.1", "there": "192.0.2.2"})
+        self.start()
 
-    def _started(self) -> Driver:
-        made = driver(self.kind)()
-        made.start(self.options, self.events.append)
-        return made
+    def start(self) -> None:
+        """A new driver object runs the switch."""
+        self.driver = driver(self.kind)()
+        self.driver.start(self.options, self.events.append)
+        self.driver.set_network(BLUE)
+        self.driver.set_hosts(PEERS)
 
-    def restart(self, *, crashed: bool = False) -> None:
-        """A new driver object takes over; `crashed`: the old one was never told."""
-        if not crashed:
-            self.driver.stop()
-        self.driver = self._started()
+    def take_over(self) -> None:
+        """A new driver object runs the switch as it is."""
+        self.driver = driver(self.kind)()
+        self.driver.start(self.options, self.events.append)
+
+    def restart(self) -> None:
+        self.driver.stop()
+        self.take_over()
+
+    def crash(self, calls: Callable[[Driver], None]) -> None:
+        """A driver that does what `calls` does dies then without a word; a new one takes over."""
+        self.driver.stop()
+        self._die_after(calls)
+        self.take_over()
+
+    @abc.abstractmethod
+    def _die_after(self, calls: Callable[[Driver], None]) -> None: ...
 
     @abc.abstractmethod
     def plug(self, device: str) -> None:
@@ -74,24 +106,26 @@ class Host(abc.ABC):
         return port_record(**changes)
 
     def in_state(self, state: str, epoch: int = 1) -> PortRef:
-        """A port brought to `state`: staged, committed, active, held, quiesced, redirecting or stub."""
+        """A port that was brought to one of STATES."""
         made = self.stage(epoch)
-        for name in _PATH[: _PATH_LENGTH[state]]:
-            if name == "redirect":
-                self.driver.redirect(made, 4711, "there")
-            elif name == "stub":
-                self.driver.purge(made, keep_redirect=True)
-            else:
-                getattr(self.driver, name)(made)
+        bring(self.driver, made, state)
         return made
 
-    def wait_until(self, true: Any, what: str) -> None:
+    def wait_until(self, true: Callable[[], bool], what: str) -> None:
         wait_until(true, what)
 
+    def empty(self) -> None:
+        """Purge every port; leaves the network `blue` and nothing else."""
+        for status in self.driver.ports():
+            self.driver.purge(status.ref)
+        for network in self.driver.networks():
+            if network != BLUE:
+                self.driver.remove_network(network.name)
+        self.driver.set_network(BLUE)
+        self.driver.set_hosts(PEERS)
 
-_PATH = ("commit", "open", "hold", "quiesce", "redirect", "stub")
-STATES = ("staged", "committed", "active", "held", "quiesced", "redirecting", "stub")
-_PATH_LENGTH = {state: number for number, state in enumerate(STATES)}
+
+# ---- dummy ----
 
 
 class DummyHost(Host):
@@ -101,15 +135,33 @@ class DummyHost(Host):
         self.options = {"host": "here", "fabric": f"contract-{next(_numbers)}"}
         super().__init__()
 
-    def plug(self, device: str) -> None:
-        self._dummy().switch.plug(device, True)
-
-    def unplug(self, device: str) -> None:
-        self._dummy().switch.plug(device, False)
-
-    def _dummy(self) -> DummyDriver:
+    @property
+    def dummy(self) -> DummyDriver:
         assert isinstance(self.driver, DummyDriver)
         return self.driver
+
+    def plug(self, device: str) -> None:
+        self.dummy.switch.plug(device, True)
+
+    def unplug(self, device: str) -> None:
+        self.dummy.switch.plug(device, False)
+
+    def _die_after(self, calls: Callable[[Driver], None]) -> None:
+        made = DummyDriver()
+        made.start(self.options, self.events.append)
+        calls(made)
+
+
+@contextlib.contextmanager
+def dummy_host() -> Iterator[Host]:
+    host = DummyHost()
+    yield host
+    host.driver.destroy()
+
+
+# ---- ebpf ----
+
+_DIED = 77
 
 
 class EbpfHost(Host):
@@ -117,14 +169,13 @@ class EbpfHost(Host):
 
     kind = "ebpf"
 
-    def __init__(self, directory: Path) -> None:
-        number = f"{os.getpid() % 100_000}{next(_numbers)}"
+    def __init__(self, directory: Path, namespace: int) -> None:
+        self.namespace = namespace
         self.options = {
-            "instance": f"c{number}",
+            "instance": f"c{os.getpid() % 10_000:x}",
             "bpffs": str(directory / "bpf"),
             "state_dir": str(directory / "state"),
-            "underlay": "192.0.2.1",
-            "uplinks": [],
+            "underlay": PEERS["here"],
             "slots": 32,
         }
         (directory / "bpf").mkdir()
@@ -144,40 +195,91 @@ class EbpfHost(Host):
             for index in route.link_lookup(ifname=device):
                 route.link("del", index=index)
 
+    def _die_after(self, calls: Callable[[Driver], None]) -> None:
+        command = [sys.executable, "-m", "tests.contract.hosts", calls.__module__, calls.__name__]
+        done = subprocess.run(
+            [*command, json.dumps(self.options)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == _DIED, done.stderr
 
-def _destroyed(host: Host) -> None:
-    for status in host.driver.ports():
-        host.driver.purge(status.ref)
-    host.driver.destroy()
+    def empty(self) -> None:
+        super().empty()
+        with IPRoute() as route:
+            for link in route.get_links():
+                if str(link.get_attr("IFLA_IFNAME")).startswith("ct") and link["index"] in _indexes(route):
+                    route.link("del", index=link["index"])
 
 
-@contextlib.contextmanager
-def dummy_host() -> Iterator[Host]:
-    host = DummyHost()
-    yield host
-    _destroyed(host)
+def _indexes(route: IPRoute) -> list[int]:
+    """Devices that are still there: deleting one end of a pair takes the other."""
+    return [link["index"] for link in route.get_links()]
+
+
+def _ignore(event: Event) -> None:
+    pass
+
+
+def _do_and_die(module: str, name: str, options: str) -> None:
+    made = driver("ebpf")()
+    made.start(json.loads(options), _ignore)
+    getattr(importlib.import_module(module), name)(made)
+    os._exit(_DIED)
 
 
 @contextlib.contextmanager
 def ebpf_host() -> Iterator[Host]:
     """Skips, naming the feature, where the kernel or a right is missing."""
-    missing = [(name, cure) for name, there, cure in driver("ebpf").check({}) if not there]
+    missing = [f"{name}: {cure}" for name, there, cure in driver("ebpf").check({}) if not there]
     if missing:
-        pytest.skip("; ".join(f"feature {name} is missing: {cure}" for name, cure in missing))
+        pytest.skip("features are missing: " + "; ".join(missing))
     directory = Path(tempfile.mkdtemp(prefix="contract-"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory)
+        stack.callback(_unmounted, directory / "bpf")
+        with private_namespace() as namespace:
+            _add_underlay()
+            host = EbpfHost(directory, os.dup(namespace))
+        stack.callback(os.close, host.namespace)
+        stack.callback(_destroyed, host)
+        yield host
+
+
+def _add_underlay() -> None:
+    """The device that has this host's address between hosts."""
+    with IPRoute() as route:
+        route.link("add", ifname="under0", kind="veth", peer={"ifname": "under1"})
+        index = route.link_lookup(ifname="under0")[0]
+        route.addr("add", index=index, address=PEERS["here"], prefixlen=24)
+        route.link("set", index=index, state="up")
+
+
+def _destroyed(host: EbpfHost) -> None:
+    with inside(host):
+        host.empty()
+        host.driver.destroy()
+
+
+@contextlib.contextmanager
+def inside(host: Host) -> Iterator[None]:
+    """The calling thread is in the host's network namespace, where it has one."""
+    if not isinstance(host, EbpfHost):
+        yield
+        return
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     try:
-        with private_namespace(), contextlib.ExitStack() as stack:
-            stack.callback(_unmounted, directory / "bpf")
-            host = EbpfHost(directory)
-            stack.callback(_destroyed, host)
-            yield host
+        enter(host.namespace)
+        yield
     finally:
-        shutil.rmtree(directory)
+        enter(home)
+        os.close(home)
 
 
 def _unmounted(path: Path) -> None:
-    if os.path.ismount(path):
+    if path.is_mount():
         subprocess.run(["umount", str(path)], check=True, timeout=10)
 
 
 HOSTS = {"dummy": dummy_host, "ebpf": ebpf_host}
+
+if __name__ == "__main__":
+    _do_and_die(*sys.argv[1:])

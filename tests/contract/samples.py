@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from datapath.registry import KINDS
 from datapath.state.conntrack import ASSURED, INBOUND, REPLIED, STATES
 from datapath.state.fdb import STATIC
-from datapath.state.kind import Columns, Op, Record, Table, empty_columns
+from datapath.state.kind import Op, Record, Table, empty_columns
 
 MAC = "02:00:00:00:00:01"
 PORT_TIME_NS = 3_600_000_000_000
@@ -129,28 +129,25 @@ def keys_of(table: Table, *, op: Op = Op.DELETE) -> Table:
     return Table(table.kind, op, records=[{name: record[name] for name in kind.key} for record in table.records or ()])
 
 
-def normal(tables: list[Table], *, accounting: bool = True) -> dict[tuple[Any, ...], tuple[Any, ...]]:
-    """Records of `tables` by key, in a form that two hosts' dumps can be compared in.
-
-    An age counts from its table's port time; here it is the port time when the record was seen.
-    """
+def normal(tables: list[Table]) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """Records of `tables` by key, without ages, in a form that two hosts' dumps can be compared in."""
     records: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for table in tables:
-        kind = KINDS[table.kind]
-        rows = _rows(table) if table.columns is not None else [dict(record) for record in table.records or ()]
-        for row in rows:
-            if not accounting:
-                counted = {*kind.accounting, *(name for name, column in kind.columns.items() if column.accounting)}
-                row = {name: value for name, value in row.items() if name not in counted}
-            key = tuple(row[name] for name in kind.key)
+        for row in _rows(table):
+            key = tuple(row[name] for name in KINDS[table.kind].key)
             assert key not in records, f"{table.kind} {key} was dumped twice"
-            records[key] = tuple(sorted((name, repr(value)) for name, value in row.items()))
+            records[key] = tuple(sorted((name, repr(value)) for name, value in row.items() if name != "age_ns"))
     return records
 
 
+def ages(tables: list[Table]) -> dict[tuple[Any, ...], int]:
+    """Nanoseconds since each record of `tables` was last seen, by key."""
+    rows = [(KINDS[table.kind].key, row) for table in tables for row in _rows(table)]
+    return {tuple(row[name] for name in key): row["age_ns"] for key, row in rows if "age_ns" in row}
+
+
 def _rows(table: Table) -> list[dict[str, Any]]:
-    columns: Columns = dict(table.columns or {})
-    if "age_ns" in columns:
-        columns["age_ns"] = np.uint64(table.port_time_ns) - columns["age_ns"]
-    lists = {name: array.tolist() for name, array in columns.items()}
+    if table.columns is None:
+        return [dict(record) for record in table.records or ()]
+    lists = {name: array.tolist() for name, array in table.columns.items()}
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]

@@ -21,7 +21,7 @@ from migrator.diff import diff
 from migrator.errors import Corrupt, Incompatible, PreflightFailed, SnapshotError
 from migrator.inspect import inspect, records
 from migrator.snapshot import SnapshotReader
-from tests.contract.samples import MAC, normal, port_record, sample
+from tests.contract.samples import MAC, ages, normal, port_record, sample
 
 VM = "6f1c0f6e-8a5d-4e0e-9d3e-0c5f7b1f2a01"
 OTHER = "02:00:00:00:00:02"
@@ -88,6 +88,7 @@ def test_a_restored_vm_is_the_one_that_was_saved(host: Made, codec: str) -> None
         for kind in KINDS:
             got = normal(list(b.dump(new, kind)))
             assert got == normal(list(a.dump(old, kind))), kind
+        assert ages(list(b.dump(new, "fdb"))).keys() == ages(list(a.dump(old, "fdb"))).keys()
         status = b.port(new)
         assert (status.state, status.committed, status.device) == (PortState.ACTIVE, True, DEVICES[new.mac])
         assert status.counters["packets_to"] == 77
