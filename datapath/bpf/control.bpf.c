@@ -93,9 +93,9 @@ static long settle_one(__u32 index, struct batch *batch)
 
 /*
  * struct ct_batch. Assigns the source's accounting: for each of the first `count` elements of `exchange`, carried_* of
- * `entry` and, if later, its `seen` (in this port's time) go to the entry of `key` with the same `id`. Where there is none
- * (the connection has ended), `found` is 0 and the caller keeps the amount in the port's total. Assigning twice does no
- * harm. The port is ACTIVE and UNSETTLED: expiry deletes nothing meanwhile.
+ * `entry` and, if later, its `seen` (in this port's time) go to the entry of `key` with the same `id`. Where there is
+ * none (the connection has ended), `found` is 0 and the caller keeps the amount in the port's total. Assigning twice
+ * does no harm. The port is ACTIVE and UNSETTLED: expiry deletes nothing meanwhile.
  */
 SEC("syscall")
 int ct_settle(struct ct_batch *context)
@@ -126,7 +126,8 @@ int ct_expire(struct ct_sweep *context)
 	return sweep_run(context, SWEEP_EXPIRE);
 }
 
-/* struct ct_sweep. Gives up at most `limit` connections that are unanswered, closing or marked, before the table is full. */
+/* struct ct_sweep. Gives up at most `limit` connections that are unanswered, closing or marked, before the table is
+ * full. */
 SEC("syscall")
 int ct_early_drop(struct ct_sweep *context)
 {

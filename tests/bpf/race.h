@@ -64,7 +64,7 @@ static long race_rewind(__u32 index, struct race *race)
 
 static __always_inline int race(struct __sk_buff *skb, void *callback)
 {
-	struct race race = { .skb = skb };
+	struct race race = {.skb = skb};
 	__u32 slot = skb->mark;
 
 	race.port = bpf_map_lookup_elem(&ports, &slot);

@@ -188,7 +188,7 @@ def test_a_dying_connection_is_absent(ports: Ports, begins: bool) -> None:
     port.track()
     key = port.key(TCP)
     old = MODEL.CT_F_REPLIED | MODEL.CT_F_ASSURED | MODEL.CT_F_DYING
-    port.put(key, MODEL.CT_ESTABLISHED, old, id=0x55, seen=1, packets=(8, 8))
+    port.put(key, MODEL.CT_ESTABLISHED, old, id=0x55, seen=1, judged=1, packets=(8, 8))
     if not begins:
         assert port.tcp(FROM, ACK) == MODEL.DROP_CT_INVALID
         assert flags(port.entry(key)) == old
@@ -197,7 +197,7 @@ def test_a_dying_connection_is_absent(ports: Ports, begins: bool) -> None:
     assert port.tcp(FROM, SYN) == MODEL.DROP_NONE
     entry = port.entry(key)
     assert (state(entry), flags(entry), list(entry.packets)) == (MODEL.CT_SYN_SENT, 0, [1, 0])
-    assert entry.id != 0x55 and entry.seen > 1
+    assert entry.id != 0x55 and entry.seen > 1 and entry.judged == port.digest
     assert port.drain() == {key}
 
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Policies: bit-vector classifiers. A rule is a bit; the remote address selects a row of bits by its longest prefix, the
- * point on the line proto<<16|port selects another by binary search, and the lowest bit that is in both is the rule. A
- * summary word of each row says which groups of 256 rules have any bit, so 16,384 rules take at most 64 steps and
- * usually one.
+ * Policies: bit-vector classifiers. A rule is a bit; the remote address selects a row of bits by its longest prefix,
+ * the point on the line proto<<16|port selects another by binary search, and the lowest bit that is in both is the
+ * rule. A summary word of each row says which groups of 256 rules have any bit, so 16,384 rules take at most 64 steps
+ * and usually one.
  */
 #pragma once
 
@@ -12,11 +12,11 @@
 #include "maps.h"
 #include "packet.h"
 
-#define ACL_GROUPS_MAX 64
-#define ACL_GROUP_RULES 256
+#define ACL_GROUPS_MAX     64
+#define ACL_GROUP_RULES    256
 #define ACL_INTERVAL_STEPS 18 /* 2^17 intervals and one */
-#define ACL_NO_RULE (~0u)
-#define ACL_GONE (~1u) /* the generation was replaced and taken away meanwhile */
+#define ACL_NO_RULE        (~0u)
+#define ACL_GONE           (~1u) /* the generation was replaced and taken away meanwhile */
 
 static __always_inline __u32 lowest_bit(__u64 word)
 {
@@ -68,7 +68,8 @@ static __always_inline struct acl_interval *acl_find_interval(void *line, __u32 
 	return interval && interval->start <= point ? interval : NULL;
 }
 
-/* Lowest rule that both rows have, ACL_NO_RULE if none. `first` and `second` are the elements of the rows' summaries. */
+/* Lowest rule that both rows have, ACL_NO_RULE if none. `first` and `second` are the elements of the rows' summaries.
+ */
 static __always_inline __u32 acl_first_common(void *rows, __u32 first, __u32 second)
 {
 	struct acl_group *a = bpf_map_lookup_elem(rows, &first);
@@ -100,7 +101,7 @@ static __always_inline __u32 acl_first_common(void *rows, __u32 first, __u32 sec
 /* The rule that decides, ACL_NO_RULE or ACL_GONE. */
 static __always_inline __u32 acl_match(__u32 generation, const struct packet *pkt, enum acl_direction direction)
 {
-	struct acl_prefix key = { .length = 32 + 128, .direction = direction };
+	struct acl_prefix key = {.length = 32 + 128, .direction = direction};
 	void *trie = bpf_map_lookup_elem(&acl_tries, &generation);
 	void *line = bpf_map_lookup_elem(&acl_lines, &generation);
 	void *rows = bpf_map_lookup_elem(&acl_rows, &generation);
@@ -123,8 +124,8 @@ static __always_inline __u32 acl_match(__u32 generation, const struct packet *pk
 
 static __always_inline void acl_count(__u32 slot, __u32 rule, const struct packet *pkt)
 {
-	struct hits_key key = { .slot = slot, .rule = rule };
-	struct hits first = { .packets = pkt->wire_packets, .bytes = pkt->wire_bytes };
+	struct hits_key key = {.slot = slot, .rule = rule};
+	struct hits first = {.packets = pkt->wire_packets, .bytes = pkt->wire_bytes};
 	struct hits *hits = bpf_map_lookup_elem(&rule_hits, &key);
 
 	if (!hits && !bpf_map_update_elem(&rule_hits, &key, &first, BPF_NOEXIST))
@@ -140,12 +141,12 @@ static __always_inline void acl_count(__u32 slot, __u32 rule, const struct packe
 /*
  * Judges `pkt` by `policy` (POLICY_WORD, read by the caller before) as a packet that opens in `direction` (enum
  * acl_direction). Counts the rule's hit for the port's slot and emits EVENT_LOG if the rule says so.
- * Returns DROP_NONE; DROP_POLICY; DROP_REJECT (the caller answers); DROP_CT_RACE when the policy was replaced meanwhile:
- * nothing is known, so nothing may be concluded. Global, so that it is verified once.
+ * Returns DROP_NONE; DROP_POLICY; DROP_REJECT (the caller answers); DROP_CT_RACE when the policy was replaced
+ * meanwhile: nothing is known, so nothing may be concluded. Global, so that it is verified once.
  */
 __noinline int acl_judge(struct __sk_buff *skb, struct port *port, struct packet *pkt, __u64 policy, int direction)
 {
-	struct acl_rule none = { .action = ACL_DROP }, *rule = &none;
+	struct acl_rule none = {.action = ACL_DROP}, *rule = &none;
 	__u32 generation = POLICY_GENERATION(policy), rank = ACL_NO_RULE;
 	void *rules;
 	int reason;

@@ -2,7 +2,7 @@
 /* Words that several CPUs change at once. */
 #pragma once
 
-#define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
+#define READ_ONCE(x)         (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, value) (*(volatile typeof(x) *)&(x) = (value))
 
 /* True when `*word` was `expected` and is now `desired`. A full barrier. */

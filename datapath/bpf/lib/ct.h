@@ -13,7 +13,7 @@
 #include "packet.h"
 #include "tcp.h"
 
-#define CT_ABSENT (CT_F_DYING | CT_F_DEAD)
+#define CT_ABSENT          (CT_F_DYING | CT_F_DEAD)
 #define CT_WORD_FLAG(flag) CT_WORD(0, flag, 0)
 
 static __always_inline int ct_is_live(__u64 word)

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Change tracking: whoever changed an entry of a port's tables sets its key here, after the write. A drain takes the keys
- * and reads the current values, so two CPUs that change one entry need no common order. Nothing is written while no set
- * is linked for the port.
+ * Change tracking: whoever changed an entry of a port's tables sets its key here, after the write. A drain takes the
+ * keys and reads the current values, so two CPUs that change one entry need no common order. Nothing is written while
+ * no set is linked for the port.
  */
 #pragma once
 

@@ -32,7 +32,7 @@ static long evict_visit(void *table, struct ct_key *key, struct ct_entry *entry,
 /* True when there is room for one more now. Counts in port->evicted. */
 static __always_inline int evict_one(void *table, struct port *port)
 {
-	struct eviction eviction = { .slot = port->slot };
+	struct eviction eviction = {.slot = port->slot};
 
 	bpf_for_each_map_elem(table, evict_visit, &eviction, 0);
 	if (eviction.evicted)

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Fragments (RFC 791, RFC 8200): the first one is judged as a packet and leaves a record of its ports; later ones follow
- * the connection that the record names. A later fragment that overtakes its first is dropped: holding it would need
- * memory that a stranger could fill.
+ * Fragments (RFC 791, RFC 8200): the first one is judged as a packet and leaves a record of its ports; later ones
+ * follow the connection that the record names. A later fragment that overtakes its first is dropped: holding it would
+ * need memory that a stranger could fill.
  */
 #pragma once
 
@@ -40,7 +40,8 @@ static __noinline void fragment_record(struct tracking *t)
 		word = READ_ONCE(entry->word);
 		WRITE_ONCE(entry->seen, t->now);
 		WRITE_ONCE(entry->mark, ports);
-		if (!ct_is_live(word) && (CT_FLAGS(word) & CT_F_DEAD || !cas(&entry->word, word, CT_WORD(CT_NEW, 0, word >> 32))))
+		if (!ct_is_live(word) &&
+		    (CT_FLAGS(word) & CT_F_DEAD || !cas(&entry->word, word, CT_WORD(CT_NEW, 0, word >> 32))))
 			return;
 		mark_dirty(t->slot, &t->key);
 		return;

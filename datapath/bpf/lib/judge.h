@@ -11,6 +11,7 @@
 #pragma once
 
 #include "frag.h"
+#include "parse.h"
 #include "reject.h"
 #include "related.h"
 
@@ -69,7 +70,7 @@ static __always_inline int judge_packet(struct tracking *t)
  */
 __noinline int judge(struct __sk_buff *skb, struct port *port, struct packet *pkt, int direction)
 {
-	struct tracking t = { .skb = skb, .port = port, .pkt = pkt };
+	struct tracking t = {.skb = skb, .port = port, .pkt = pkt};
 	__u64 *policy;
 	__u32 index;
 	int reason;

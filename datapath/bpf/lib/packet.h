@@ -13,7 +13,7 @@
 #include "types.h"
 
 #define FROM_GUEST 0
-#define TO_GUEST 1
+#define TO_GUEST   1
 
 enum l3_kind {
 	L3_OTHER = 0,
@@ -46,14 +46,14 @@ struct packet {
 	__be32 raddr[4];
 	__be16 lport;
 	__be16 rport;
-	__u8 proto; /* the transport's, behind all extension headers */
-	__u8 l3;    /* enum l3_kind */
-	__u8 fragment; /* enum fragment_kind */
+	__u8 proto;     /* the transport's, behind all extension headers */
+	__u8 l3;        /* enum l3_kind */
+	__u8 fragment;  /* enum fragment_kind */
 	__u8 tcp_flags; /* enum tcp_flag */
 	__u8 icmp_type;
 	__u8 icmp_code;
-	__u8 hops;  /* TTL or hop limit */
-	__u8 group; /* 1: the destination MAC is broadcast or multicast */
+	__u8 hops;         /* TTL or hop limit */
+	__u8 group;        /* 1: the destination MAC is broadcast or multicast */
 	__u32 fragment_id; /* as on the wire; 16 bits for IPv4 */
 	__u16 l3_offset;
 	__u16 l4_offset;
@@ -63,6 +63,20 @@ struct packet {
 	__u32 wire_bytes;   /* bytes of those IP packets; of the frame behind its Ethernet header when it is not IP */
 	__u32 wire_frame_bytes; /* bytes of those frames with their Ethernet headers, without FCS and accelerated tag */
 };
+
+/* Copies bytes of the frame: from its linear head, where headers nearly always are (the helper costs five times as
+ * much, and is called for each header). Returns 0, or an error when the frame is shorter. */
+static __always_inline int packet_load(struct __sk_buff *skb, __u32 offset, void *to, __u32 size)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	offset &= 0x7fff; /* the verifier wants packet offsets bounded */
+	asm volatile("" : "+r"(offset));
+	if (data + offset + size > end)
+		return bpf_skb_load_bytes(skb, offset, to, size);
+	__builtin_memcpy(to, data + offset, size);
+	return 0;
+}
 
 static __always_inline void addr_map_v4(__be32 addr[4], __be32 v4)
 {
@@ -98,9 +112,9 @@ static __always_inline int packet_is_icmp_error(const struct packet *pkt)
 	       pkt->icmp_type == 12;
 }
 
-/* rport of an ICMP query: its request type (0 stands for echo), and QUERY_INBOUND when the remote side asks. So that the
- * guest and a remote host may ping each other with the same identifier and have two entries. */
-#define QUERY_TYPE 0x00ff
+/* rport of an ICMP query: its request type (0 stands for echo), and QUERY_INBOUND when the remote side asks. So that
+ * the guest and a remote host may ping each other with the same identifier and have two entries. */
+#define QUERY_TYPE    0x00ff
 #define QUERY_INBOUND 0x8000
 
 enum icmp_query {

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * ICMP errors carry the head of the packet that caused them, which went the other way: they pass when that packet belongs
- * to a live connection and was sent by whom the error is for.
+ * ICMP errors carry the head of the packet that caused them, which went the other way: they pass when that packet
+ * belongs to a live connection and was sent by whom the error is for.
  */
 #pragma once
 
-#include "parse.h"
+#include "ip.h"
 #include "track.h"
 
 #define ICMP_ERROR_HEADER 8

@@ -48,7 +48,8 @@ static __always_inline void sweep_delete(void *table, struct sweep *sweep)
 }
 
 /* The entry is absent from now on and goes when the walk has left it. */
-static __always_inline void sweep_doom(struct sweep *sweep, const struct ct_key *key, struct ct_entry *entry, __u64 word)
+static __always_inline void sweep_doom(struct sweep *sweep, const struct ct_key *key, struct ct_entry *entry,
+				       __u64 word)
 {
 	if (CT_FLAGS(word) & CT_F_DEAD || !cas(&entry->word, word, word | CT_WORD_FLAG(CT_F_DEAD)))
 		return;
@@ -56,7 +57,8 @@ static __always_inline void sweep_doom(struct sweep *sweep, const struct ct_key 
 	sweep->behind = 1;
 }
 
-static __always_inline int sweep_is_old(struct sweep *sweep, const struct ct_key *key, struct ct_entry *entry, __u64 word)
+static __always_inline int sweep_is_old(struct sweep *sweep, const struct ct_key *key, struct ct_entry *entry,
+					__u64 word)
 {
 	__u32 index = ct_timeout_index(key, word);
 	__u64 since = READ_ONCE(entry->seen);
@@ -77,7 +79,8 @@ static __always_inline void sweep_change(struct sweep *sweep, const struct ct_ke
 
 /* First pass. The cmpxchg is a full barrier: a packet that refreshed the entry before it is seen here, one that comes
  * after it finds DYING (ct_touch). */
-static __always_inline void sweep_mark(struct sweep *sweep, const struct ct_key *key, struct ct_entry *entry, __u64 word)
+static __always_inline void sweep_mark(struct sweep *sweep, const struct ct_key *key, struct ct_entry *entry,
+				       __u64 word)
 {
 	__u64 dying = word | CT_WORD_FLAG(CT_F_DYING);
 
@@ -88,7 +91,8 @@ static __always_inline void sweep_mark(struct sweep *sweep, const struct ct_key 
 	sweep_change(sweep, key);
 }
 
-static __always_inline void sweep_expire(struct sweep *sweep, const struct ct_key *key, struct ct_entry *entry, __u64 word)
+static __always_inline void sweep_expire(struct sweep *sweep, const struct ct_key *key, struct ct_entry *entry,
+					 __u64 word)
 {
 	if (ct_is_live(word)) {
 		if (sweep_is_old(sweep, key, entry, word))
@@ -143,7 +147,8 @@ static long sweep_visit(void *table, struct ct_key *key, struct ct_entry *entry,
 		return 0;
 	if (sweep->kind == SWEEP_EXPIRE)
 		sweep_expire(sweep, key, entry, word);
-	else if (sweep->kind == SWEEP_FLUSH ? sweep_matches(sweep, key) : ct_is_dispensable(key, word) || !ct_is_live(word))
+	else if (sweep->kind == SWEEP_FLUSH ? sweep_matches(sweep, key)
+					    : ct_is_dispensable(key, word) || !ct_is_live(word))
 		sweep_doom(sweep, key, entry, word);
 	sweep_count(sweep, key, READ_ONCE(entry->word));
 	return sweep->kind == SWEEP_EARLY_DROP && sweep->deleted + sweep->behind >= sweep->limit;
@@ -152,7 +157,7 @@ static long sweep_visit(void *table, struct ct_key *key, struct ct_entry *entry,
 /* Returns 0 or a negative errno, see control.bpf.c. */
 static __always_inline int sweep_run(struct ct_sweep *context, enum sweep_kind kind)
 {
-	struct sweep sweep = { .slot = context->slot, .kind = kind, .limit = context->limit, .match = context->match };
+	struct sweep sweep = {.slot = context->slot, .kind = kind, .limit = context->limit, .match = context->match};
 	void *table;
 
 	sweep.port = sweep_port(sweep.slot);

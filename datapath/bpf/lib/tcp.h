@@ -1,55 +1,56 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * TCP as nf_conntrack follows it (net/netfilter/nf_conntrack_proto_tcp.c), by state, direction and the flag that counts.
- * Sequence numbers are not followed: a connection is as open to out-of-window segments as nf_conntrack is with be_liberal.
+ * TCP as nf_conntrack follows it (net/netfilter/nf_conntrack_proto_tcp.c), by state, direction and the flag that
+ * counts. Sequence numbers are not followed: a connection is as open to out-of-window segments as nf_conntrack is with
+ * be_liberal.
  */
 #pragma once
 
 #include "packet.h"
 
 enum tcp_kind { /* the flag of a segment that decides; rows of tcp_transitions */
-	TCP_KIND_SYN = 0,
-	TCP_KIND_SYNACK = 1,
-	TCP_KIND_FIN = 2,
-	TCP_KIND_ACK = 3,
-	TCP_KIND_RST = 4,
-	TCP_KINDS = 5,
+		TCP_KIND_SYN = 0,
+		TCP_KIND_SYNACK = 1,
+		TCP_KIND_FIN = 2,
+		TCP_KIND_ACK = 3,
+		TCP_KIND_RST = 4,
+		TCP_KINDS = 5,
 };
 
-#define TCP_STATES 10
-#define TCP_IGNORE 14  /* passes, changes nothing: the other side answers and its answer decides */
+#define TCP_STATES  10
+#define TCP_IGNORE  14 /* passes, changes nothing: the other side answers and its answer decides */
 #define TCP_INVALID 15 /* belongs to no connection in this state */
 
-#define NO CT_NONE
-#define SS CT_SYN_SENT
-#define SR CT_SYN_RECV
-#define ES CT_ESTABLISHED
-#define FW CT_FIN_WAIT
-#define CW CT_CLOSE_WAIT
-#define LA CT_LAST_ACK
-#define TW CT_TIME_WAIT
-#define CL CT_CLOSE
-#define S2 CT_SYN_SENT2
-#define IG TCP_IGNORE
-#define IV TCP_INVALID
+#define NO          CT_NONE
+#define SS          CT_SYN_SENT
+#define SR          CT_SYN_RECV
+#define ES          CT_ESTABLISHED
+#define FW          CT_FIN_WAIT
+#define CW          CT_CLOSE_WAIT
+#define LA          CT_LAST_ACK
+#define TW          CT_TIME_WAIT
+#define CL          CT_CLOSE
+#define S2          CT_SYN_SENT2
+#define IG          TCP_IGNORE
+#define IV          TCP_INVALID
 
 static const __u8 tcp_transitions[2][TCP_KINDS][TCP_STATES] = {
-	{
-		/* the opener     NO  SS  SR  ES  FW  CW  LA  TW  CL  S2 */
-		[TCP_KIND_SYN] = { SS, SS, IG, IG, IG, IG, IG, SS, SS, S2 },
-		[TCP_KIND_SYNACK] = { IV, IV, SR, IV, IV, IV, IV, IV, IV, SR },
-		[TCP_KIND_FIN] = { IV, IV, FW, FW, LA, LA, LA, TW, CL, IV },
-		[TCP_KIND_ACK] = { ES, IV, ES, ES, CW, CW, TW, TW, CL, IV },
-		[TCP_KIND_RST] = { IV, CL, CL, CL, CL, CL, CL, CL, CL, CL },
-	},
-	{
-		/* the other side NO  SS  SR  ES  FW  CW  LA  TW  CL  S2 */
-		[TCP_KIND_SYN] = { IV, S2, IV, IV, IV, IV, IV, SS, IV, S2 },
-		[TCP_KIND_SYNACK] = { IV, SR, IG, IG, IG, IG, IG, IG, IG, SR },
-		[TCP_KIND_FIN] = { IV, IV, FW, FW, LA, LA, LA, TW, CL, IV },
-		[TCP_KIND_ACK] = { IV, IG, SR, ES, CW, CW, TW, TW, CL, IG },
-		[TCP_KIND_RST] = { IV, CL, CL, CL, CL, CL, CL, CL, CL, CL },
-	},
+    {
+	/* the opener     NO  SS  SR  ES  FW  CW  LA  TW  CL  S2 */
+	[TCP_KIND_SYN] = {SS, SS, IG, IG, IG, IG, IG, SS, SS, S2},
+	[TCP_KIND_SYNACK] = {IV, IV, SR, IV, IV, IV, IV, IV, IV, SR},
+	[TCP_KIND_FIN] = {IV, IV, FW, FW, LA, LA, LA, TW, CL, IV},
+	[TCP_KIND_ACK] = {ES, IV, ES, ES, CW, CW, TW, TW, CL, IV},
+	[TCP_KIND_RST] = {IV, CL, CL, CL, CL, CL, CL, CL, CL, CL},
+    },
+    {
+	/* the other side NO  SS  SR  ES  FW  CW  LA  TW  CL  S2 */
+	[TCP_KIND_SYN] = {IV, S2, IV, IV, IV, IV, IV, SS, IV, S2},
+	[TCP_KIND_SYNACK] = {IV, SR, IG, IG, IG, IG, IG, IG, IG, SR},
+	[TCP_KIND_FIN] = {IV, IV, FW, FW, LA, LA, LA, TW, CL, IV},
+	[TCP_KIND_ACK] = {IV, IG, SR, ES, CW, CW, TW, TW, CL, IG},
+	[TCP_KIND_RST] = {IV, CL, CL, CL, CL, CL, CL, CL, CL, CL},
+    },
 };
 
 #undef NO
@@ -65,8 +66,8 @@ static const __u8 tcp_transitions[2][TCP_KINDS][TCP_STATES] = {
 #undef IG
 #undef IV
 
-/* Combinations that no TCP sends (nf_conntrack's tcp_valid_flags): those without SYN, RST, FIN and ACK, or with two that
- * exclude each other. */
+/* Combinations that no TCP sends (nf_conntrack's tcp_valid_flags): those without SYN, RST, FIN and ACK, or with two
+ * that exclude each other. */
 static __always_inline int tcp_flags_valid(__u8 flags)
 {
 	flags &= TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK;

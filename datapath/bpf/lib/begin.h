@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* How a connection comes into the table of its port: judged, then inserted, or in the place of one that is over. */
+#pragma once
+
+#include "acl.h"
+#include "ct.h"
+#include "evict.h"
+
+struct tracking { /* on the stack of judge() */
+	struct __sk_buff *skb;
+	struct port *port;
+	struct packet *pkt;
+	void *table;
+	__u64 policy; /* POLICY_WORD, read before any rule */
+	__u64 now;    /* port time */
+	struct ct_key key;
+	__u32 slot;
+	__u32 flags; /* enum port_flag */
+	__u32 direction;
+};
+
+#define TRACK_AGAIN DROP_REASONS /* look up once more; never leaves track() */
+
+struct { /* a new entry while it is written: 96 bytes are too much for the stack. Packet programs do not nest here. */
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct ct_entry);
+} ct_scratch SEC(".maps");
+
+static __always_inline int track_judge(struct tracking *t, int direction)
+{
+	return acl_judge(t->skb, t->port, t->pkt, t->policy, direction);
+}
+
+static __noinline void track_would_drop(__u32 slot)
+{
+	struct counters *count = bpf_map_lookup_elem(&counters, &slot);
+
+	if (count)
+		count->would_drop++;
+}
+
+static __always_inline int track_full(struct tracking *t)
+{
+	__u32 alarms = __sync_fetch_and_add(&t->port->alarm_full, 1) + 1;
+
+	if (!(alarms & (alarms - 1))) /* at 1, 2, 4, 8 ...: a flood of connections is not a flood of events */
+		event_send(t->skb, t->slot, EVENT_WHAT(EVENT_FULL, t->direction, DROP_CT_FULL), 0);
+	return DROP_CT_FULL;
+}
+
+/* A new entry; `opening` is CT_WORD without id. */
+static __always_inline int track_insert(struct tracking *t, __u64 opening)
+{
+	__u32 zero = 0, direction = t->direction & 1;
+	struct ct_entry *entry = bpf_map_lookup_elem(&ct_scratch, &zero);
+	long error;
+
+	if (!entry)
+		return DROP_CT_RACE;
+	__builtin_memset(entry, 0, sizeof(*entry));
+	entry->id = ct_new_id();
+	entry->word = opening | CT_WORD(0, 0, entry->id);
+	entry->seen = t->now;
+	entry->judged = POLICY_DIGEST(t->policy);
+	entry->packets[direction] = t->pkt->wire_packets;
+	entry->bytes[direction] = t->pkt->wire_bytes;
+	error = bpf_map_update_elem(t->table, &t->key, entry, BPF_NOEXIST);
+	if ((error == -E2BIG || error == -ENOMEM) && evict_one(t->table, t->port))
+		error = bpf_map_update_elem(t->table, &t->key, entry, BPF_NOEXIST);
+	if (error == -EEXIST)
+		return TRACK_AGAIN;
+	if (error == -E2BIG || error == -ENOMEM)
+		return track_full(t);
+	if (error)
+		return DROP_CT_RACE;
+	mark_dirty(t->slot, &t->key);
+	return DROP_NONE;
+}
+
+/* Another connection in the place of one that is over or expired: a new generation first, so that whoever still holds
+ * the old one fails, then the fields. */
+static __always_inline int track_renew(struct tracking *t, struct ct_entry *entry, __u64 old, __u64 opening)
+{
+	__u64 id = ct_new_id(), word = opening | CT_WORD(0, 0, id);
+
+	WRITE_ONCE(entry->seen, t->now);
+	if (!cas(&entry->word, old, word))
+		return DROP_CT_RACE;
+	WRITE_ONCE(entry->id, id);
+	WRITE_ONCE(entry->judged, POLICY_DIGEST(t->policy));
+	WRITE_ONCE(entry->mark, 0);
+	for (int i = 0; i < 2; i++) {
+		WRITE_ONCE(entry->packets[i], 0);
+		WRITE_ONCE(entry->bytes[i], 0);
+		WRITE_ONCE(entry->carried_packets[i], 0);
+		WRITE_ONCE(entry->carried_bytes[i], 0);
+	}
+	mark_dirty(t->slot, &t->key);
+	return ct_touch(t->slot, &t->key, entry, word, t->now, t->pkt, t->direction);
+}
+
+/* How a connection begins: CT_WORD without id, and who opened it. word 0: the packet passes without one. */
+struct opening {
+	__u64 word;
+	__u32 direction;
+};
+
+/*
+ * Learning: what may be in the middle of a connection that is older than the port is never dropped. It is taken up as
+ * opened in the direction that the policy allows; what the policy allows in neither passes untracked.
+ */
+static __always_inline int track_learn(struct tracking *t, struct opening *opening)
+{
+	int reason = track_judge(t, opening->direction), middle = !opening->word;
+
+	opening->word = CT_WORD(CT_NEW, CT_F_LEARNED, 0);
+	if (t->pkt->proto == IPPROTO_TCP)
+		opening->word = CT_WORD(CT_ESTABLISHED, CT_F_LEARNED | CT_F_REPLIED | CT_F_ASSURED, 0);
+	if (middle || reason)
+		track_would_drop(t->slot);
+	if (reason) {
+		opening->direction = !opening->direction;
+		reason = track_judge(t, opening->direction);
+	}
+	/* in the middle there is nothing to follow from an end, or from the answer to a query */
+	if (reason || (middle && (t->pkt->proto != IPPROTO_TCP || t->pkt->tcp_flags & (TCP_FIN | TCP_RST))))
+		opening->word = 0;
+	return DROP_NONE;
+}
+
+/* No live connection has this key. `entry` is one that expired or is over, with its word `old`, or NULL. */
+static __noinline int track_begin(struct tracking *t, struct ct_entry *entry, __u64 old)
+{
+	struct opening opening = {.word = ct_opening(t->pkt), .direction = t->direction};
+	int reason = DROP_CT_INVALID;
+
+	if (t->flags & PORT_F_LEARNING && opening.word != CT_SYN_SENT)
+		reason = track_learn(t, &opening);
+	else if (opening.word)
+		reason = track_judge(t, opening.direction);
+	if (reason || !opening.word)
+		return reason;
+	if (opening.direction == TO_GUEST)
+		opening.word |= CT_WORD_FLAG(CT_F_INBOUND);
+	return entry ? track_renew(t, entry, old, opening.word) : track_insert(t, opening.word);
+}
