@@ -55,6 +55,7 @@ def loaded_probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Switch]:
 
 
 @pytest.fixture
-def ports(loaded_probe: Switch) -> Callable[..., Probe]:
+def ports(loaded_probe: Switch) -> Iterator[Callable[..., Probe]]:
     """Makes ports on ct_probe.bpf.c: ports(rules, flags=..., limit=...). Each has a slot of its own."""
-    return functools.partial(Probe, loaded_probe)
+    yield functools.partial(Probe, loaded_probe)
+    loaded_probe.unlink()

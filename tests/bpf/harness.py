@@ -158,13 +158,17 @@ class Switch:
         self.put(outer, key, struct.pack("=I", made.fd))
         return made
 
-    def reset(self) -> None:
-        """Empty all maps: the switch is as just loaded, but for what waits in the ring."""
+    def unlink(self) -> None:
+        """Take out and close the maps that `inner` made."""
         for outer, key, made in self._linked:
             with contextlib.suppress(FileNotFoundError):
                 self.maps[outer].delete(struct.pack("=I", key))
             os.close(made.fd)
         self._linked.clear()
+
+    def reset(self) -> None:
+        """Empty all maps: the switch is as just loaded, but for what waits in the ring."""
+        self.unlink()
         for target in self.maps.values():
             constant = "." in target.name  # sections of the object, as .rodata
             if target.kind in (HASH, PERCPU_HASH, LPM_TRIE, ARRAY, PERCPU_ARRAY) and not constant:
