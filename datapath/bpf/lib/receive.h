@@ -47,12 +47,15 @@ static __noinline __u8 receive_open(struct __sk_buff *skb, struct port *port)
 	return PORT_STATE(word);
 }
 
-/* Frames of a guest that the port may not pass yet, and those behind them, wait. Returns enum drop_reason. */
+/*
+ * Frames of a guest that the port may not pass yet, and those behind them, wait: at the destination before the commit,
+ * at the source when the guest runs again before the agent knows that the move failed. Returns enum drop_reason.
+ */
 static __always_inline int receive_hold(struct __sk_buff *skb, struct port *port, __u8 state)
 {
 	int reason;
 
-	if (state == PORT_STAGED && lease_passed(port))
+	if (state != PORT_ACTIVE && lease_passed(port))
 		return DROP_LEASE;
 	reason = hold(skb, &port->held_from, port->hold_from);
 	if (!reason)
@@ -118,7 +121,8 @@ static __always_inline int receive(struct __sk_buff *skb, __u32 slot, __u32 path
 	if (!port || !slot)
 		return drop_slot(skb, 0, FROM_GUEST, DROP_NO_PORT);
 	state = receive_open(skb, port);
-	if (state == PORT_STAGED || (state == PORT_ACTIVE && !(path & PATH_PASSED) && READ_ONCE(port->held_from))) {
+	if (state == PORT_STAGED || state == PORT_QUIESCED ||
+	    (state == PORT_ACTIVE && !(path & PATH_PASSED) && READ_ONCE(port->held_from))) {
 		reason = receive_hold(skb, port, state);
 		return reason ? drop_at(skb, port, FROM_GUEST, reason) : TC_ACT_SHOT;
 	}

@@ -118,6 +118,7 @@ class Switchover:
         self._places.take(*self._fdb.own_places(instance))
         self._words.set_gate(slot, C.GATE_LOCAL)  # frames that come now queue behind those that are held
         passed = self._holds.pump_to(instance)
+        self._holds.pump_from(instance)  # the guest ran before it was known here
         self._save(instance, state="active")
         return passed
 

@@ -116,8 +116,11 @@ class Raw:
             try:
                 frame, address = self.tap.recvfrom(65600)
             except BlockingIOError:
-                return
+                return None
+            except OSError:  # the device goes away; what was captured stays
+                return self.loop.forget(self.tap.fileno())
             self.kept.append((time.monotonic(), "out" if address[2] == OUTGOING else "in", frame))
+        return None
 
     def captured(self, order: Message) -> Message:
         self._keep()
