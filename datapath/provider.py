@@ -226,13 +226,16 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def take(self, ref: PortRef) -> list[bytes]:
-        """Frames still in the device's queue (with their vnet header), judged and counted; [] if it cannot be read."""
+        """Frames still in the device's queue, judged and counted; [] if it cannot be read.
+
+        Each stands behind a struct virtio_net_hdr of 10 bytes, whatever header the device has.
+        """
 
     @abc.abstractmethod
     def inject(self, ref: PortRef, frames: Sequence[bytes], *, judged: bool) -> int:
-        """Put frames (with vnet header) in: `judged` to the guest past the policy, else as if the guest sent them.
+        """Put frames in, each behind a struct virtio_net_hdr of 10 bytes.
 
-        Returns how many were taken.
+        `judged` True: to the guest past the policy; False: as if the guest sent them. Returns how many were taken.
         """
 
     @abc.abstractmethod

@@ -1,5 +1,5 @@
 """Frames that tell a network where a VM is: gratuitous ARP (RFC 5227), unsolicited neighbour advertisements (RFC 4861)
-and reverse ARP (RFC 903), each with the 12-byte vnet header that taps carry, zeroed.
+and reverse ARP (RFC 903), each behind a zeroed struct virtio_net_hdr (10 bytes), as `Driver.inject` takes them.
 
 Pure: the driver puts them in as if the guest had sent them.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from datapath.state.kind import Record
 
-VNET_HEADER = bytes(12)
+VNET_HEADER = bytes(10)
 BROADCAST = b"\xff" * 6
 FRAME_MIN = 60  # without checksum
 ETH_ARP, ETH_RARP, ETH_VLAN, ETH_IPV6 = 0x0806, 0x8035, 0x8100, 0x86DD
