@@ -227,8 +227,8 @@ def _do_and_die(module: str, name: str, options: str) -> None:
 
 
 @contextlib.contextmanager
-def ebpf_host() -> Iterator[Host]:
-    """Skips, naming the feature, where the kernel or a right is missing."""
+def ebpf_switch() -> Iterator[Host]:
+    """Skips, naming the feature, where the kernel or a right is missing. The caller enters and leaves it by `inside`."""
     missing = [f"{name}: {cure}" for name, there, cure in driver("ebpf").check({}) if not there]
     if missing:
         pytest.skip("features are missing: " + "; ".join(missing))
@@ -241,6 +241,13 @@ def ebpf_host() -> Iterator[Host]:
             host = EbpfHost(directory, os.dup(namespace))
         stack.callback(os.close, host.namespace)
         stack.callback(_destroyed, host)
+        yield host
+
+
+@contextlib.contextmanager
+def ebpf_host() -> Iterator[Host]:
+    """Such a switch, and the calling thread inside its network namespace."""
+    with ebpf_switch() as host, inside(host):
         yield host
 
 
@@ -279,7 +286,7 @@ def _unmounted(path: Path) -> None:
         subprocess.run(["umount", str(path)], check=True, timeout=10)
 
 
-HOSTS = {"dummy": dummy_host, "ebpf": ebpf_host}
+HOSTS = {"dummy": dummy_host, "ebpf": ebpf_switch}
 
 if __name__ == "__main__":
     _do_and_die(*sys.argv[1:])
