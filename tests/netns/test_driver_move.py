@@ -12,6 +12,7 @@ import pytest
 
 from datapath.errors import NotReady, StaleEpoch
 from datapath.provider import PortRef, PortState
+
 from .driver_lab import Guest, Host, hosts, wait_until
 
 NUMBERS = [{"direction": "to", "protocol": "udp", "ports": [[9000, 9000]]}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -145,22 +145,30 @@ class Staging:
             self._places.take(*self._fdb.own_places(instance))
 
     def _resize(self, instance: Instance, entries: int) -> None:
-        """Another table with the same connections. Frames of both directions wait in the hold taps meanwhile."""
-        slot, epoch = instance.slot, instance.ref.epoch
-        running = self._words.running(slot)
-        if running:
-            self._words.set_gate(slot, C.GATE_LOCAL, shut=True)
-            clock = self._words.clock(slot)
-            self._kernel.ports.store(slot, "commit", 0)
-            self._words.change(slot, epoch, (C.PORT_ACTIVE,), C.PORT_STAGED)
-            barrier()
-            self._words.advance_clock(slot, clock)
-        try:
+        """Another table with the same connections. Raises NotReady when they do not fit; then the old one stays."""
+        if self._words.running(instance.slot):
+            with self._paused(instance):
+                self._copy_table(instance, entries)
+        else:
             self._copy_table(instance, entries)
+
+    @contextlib.contextmanager
+    def _paused(self, instance: Instance) -> Iterator[None]:
+        """The active port's table stands still; frames of both directions wait in the hold taps meanwhile."""
+        slot, epoch, ports = instance.slot, instance.ref.epoch, self._kernel.ports
+        (_, held), committed, clock = self._words.gate(slot), ports.load(slot, "commit"), self._words.clock(slot)
+        self._words.set_gate(slot, C.GATE_LOCAL, shut=True)
+        ports.store(slot, "commit", 0)  # or the guest's next frame opens it
+        self._words.change(slot, epoch, (C.PORT_ACTIVE,), C.PORT_STAGED)
+        barrier()
+        self._words.advance_clock(slot, clock)
+        try:
+            yield
         finally:
-            if running:
-                self._words.change(slot, epoch, (C.PORT_STAGED,), C.PORT_ACTIVE)
-                self._holds.pump_from(instance)
+            self._words.change(slot, epoch, (C.PORT_STAGED,), C.PORT_ACTIVE)
+            ports.store(slot, "commit", committed)
+            self._holds.pump_from(instance)
+            if not held:
                 self._words.set_gate(slot, C.GATE_LOCAL)
                 self._holds.pump_to(instance)
 
