@@ -74,6 +74,19 @@ def namespace() -> Iterator[str]:
         _ip("netns", "del", name)
 
 
+@contextlib.contextmanager
+def inside(name: str) -> Iterator[None]:
+    """The calling thread is in this network namespace; what it opens stays there."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    try:
+        with open(f"/run/netns/{name}") as target:  # noqa: PTH123 - a descriptor for setns
+            _setns(target.fileno())
+        yield
+    finally:
+        _setns(home)
+        os.close(home)
+
+
 def _setns(fd: int) -> None:
     if _libc.setns(fd, _CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")

@@ -293,6 +293,18 @@ def test_learning_passes_what_no_policy_allows_untracked(ports: Ports) -> None:
     assert port.table.keys() == []
 
 
+def test_learning_keeps_what_a_new_policy_would_end(ports: Ports) -> None:
+    port = ports(FROM_ONLY, flags=MODEL.PORT_F_LEARNING)
+    key = port.key(TCP)
+    assert port.tcp(TO, ACK) == MODEL.DROP_NONE
+    port.set_policy([rule(2, "to")])
+    assert port.tcp(TO, ACK) == MODEL.DROP_NONE
+    assert port.counted("would_drop") == 2
+    port.set_flags(0)
+    assert port.tcp(TO, ACK) == MODEL.DROP_POLICY
+    assert port.entry(key) is None
+
+
 def test_learning_does_not_let_new_connections_in(ports: Ports) -> None:
     port = ports(FROM_ONLY, flags=MODEL.PORT_F_LEARNING)
     assert port.tcp(TO, SYN) == MODEL.DROP_POLICY

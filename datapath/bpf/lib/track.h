@@ -21,6 +21,9 @@ static __always_inline int track_allowed(struct tracking *t, struct ct_entry *en
 	if (reason == DROP_NONE) {
 		WRITE_ONCE(entry->judged, digest);
 		mark_dirty(t->slot, &t->key);
+	} else if (reason != DROP_CT_RACE && t->flags & PORT_F_LEARNING) {
+		track_would_drop(t->slot);
+		return DROP_NONE;
 	} else if (reason != DROP_CT_RACE) {
 		ct_kill(t->table, t->slot, &t->key, entry, word);
 	}
