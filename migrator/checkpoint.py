@@ -12,7 +12,7 @@ from typing import BinaryIO
 from datapath.errors import Error, LoadRejected
 from datapath.provider import Driver, Need, PortRef
 from datapath.registry import KINDS
-from datapath.state.kind import Nature, Op, Record, Table
+from datapath.state.kind import Op, Record, Table
 from datapath.state.port import PORT
 from migrator.errors import Corrupt, Incompatible, PreflightFailed
 from migrator.snapshot import Header, KindInfo, Section, SnapshotReader, Summary, snapshot
@@ -61,13 +61,8 @@ def _tables(driver: Driver, refs: Sequence[PortRef], kinds: Mapping[str, KindInf
     for ref in refs:
         for name in kinds:
             yield from ((ref.mac, table) for table in driver.dump(ref, name))
-        yield from ((ref.mac, table) for table in driver.settle(ref) if _adds(table))
-
-
-def _adds(table: Table) -> bool:
-    """Is this accounting that a dump does not have? Columns that are counted are in the dump already."""
-    kind = KINDS[table.kind]
-    return bool(kind.nature & Nature.ACCOUNTING) and not kind.columns
+        counters = dict(driver.port(ref).counters)
+        yield ref.mac, Table(PORT.name, Op.ACCOUNT, records=[{"mac": ref.mac, "counters": counters}])
 
 
 def restore(

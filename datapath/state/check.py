@@ -29,7 +29,7 @@ def checked_columns(kind: Kind, table: Table) -> Columns:
         if name in given and (table.op is not Op.DELETE or name in kind.key):
             if given[name].dtype != np.dtype(column.dtype):
                 raise _rejected(kind, f"column {name} is {given[name].dtype.str}, not {column.dtype}")
-            if column.values and not np.isin(given[name], list(column.values)).all():
+            if not column.admits(given[name]):
                 raise _rejected(kind, f"column {name} holds a value that it cannot have")
             columns[name] = given[name]
         elif name in kind.key or table.op is Op.LOAD:

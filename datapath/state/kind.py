@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,21 @@ class Column:
     values: frozenset[int] = frozenset()
     labels: Mapping[int, str] = field(default_factory=dict)
     bits: Mapping[int, str] = field(default_factory=dict)
+
+    def admits(self, array: NDArray[Any]) -> bool:
+        """May the column hold every value of `array`, which is of its dtype?"""
+        if not self.values:
+            return True
+        if self.dtype == "u1":
+            return bool(_admitted(self.values)[array].all())
+        return bool(np.isin(array, list(self.values)).all())
+
+
+@cache
+def _admitted(values: frozenset[int]) -> NDArray[np.bool_]:
+    admitted = np.zeros(256, dtype=bool)
+    admitted[list(values)] = True
+    return admitted
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def _view(name: str, column: Column, dtype: str, data: bytes, count: int) -> NDA
     if len(data) != count * expected.itemsize:
         raise Corrupt(f"{len(data)} bytes for {count} records of {expected.itemsize}", field=name)
     array = np.frombuffer(data, dtype=expected)
-    if column.values and not np.isin(array, list(column.values)).all():
+    if not column.admits(array):
         raise Corrupt("holds a value that it cannot have", field=name)
     return array
 

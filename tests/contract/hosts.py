@@ -228,7 +228,7 @@ def _do_and_die(module: str, name: str, options: str) -> None:
 
 @contextlib.contextmanager
 def ebpf_switch() -> Iterator[Host]:
-    """Skips, naming the feature, where the kernel or a right is missing. The caller enters and leaves it by `inside`."""
+    """Skips, naming the feature, where the kernel or a right is missing. The caller enters it by `inside`."""
     missing = [f"{name}: {cure}" for name, there, cure in driver("ebpf").check({}) if not there]
     if missing:
         pytest.skip("features are missing: " + "; ".join(missing))

@@ -238,8 +238,8 @@ def test_inspect_is_json_and_complete(host: Made) -> None:
     a = host()
     raw = saved(a, with_vm(a))
     shown = json.loads(json.dumps(inspect(io.BytesIO(raw))))
-    assert shown["ports"][OTHER] == {"port": 2, "acl": 40, "fdb": 10, "conntrack": 1000}
-    assert shown["accounting"] == {"port": 2, "acl": 40}
+    assert shown["ports"][OTHER] == {"port": 2, "acl": 20, "fdb": 10, "conntrack": 1000}
+    assert shown["accounting"] == {"port": 2}
     assert shown["needs"] == {"rules_max": 20, "connections": 400_000}
     assert (shown["vm"], shown["source"], shown["driver"]) == (VM, "host-a", "dummy")
     reader = SnapshotReader(io.BytesIO(raw))
