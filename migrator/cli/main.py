@@ -80,7 +80,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), exit_code(error))
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # click ends itself so when nobody reads its output any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:

@@ -59,6 +59,7 @@ class Cluster:
             if timer is not None:
                 timer.cancel()
         self.migrations.stop()
+        self.store.close()
         for session in self.roster:
             session.close()
 

@@ -149,6 +149,10 @@ class Migrations:
             yield sent
             if sent.done:
                 return
+            if self._stopped:
+                raise PeerLost(
+                    f"the coordinator stops; migration {migration} goes on", hint="`migrator migration show`"
+                )
             await news.wait()
         report = self._store.catalog.objects["migration"].get(migration)
         if report is None:
@@ -176,6 +180,7 @@ class Migrations:
         for task in self._tasks:
             task.cancel()
         for run in self._running.values():
+            run.notify()
             for timer in (run.deadline, run.report_later):
                 if timer is not None:
                     timer.cancel()
@@ -201,7 +206,7 @@ class Migrations:
         merge(run.report, news.report)
         reason = news.problem.message or news.report.reason
         if news.event in machine.WORDS:
-            log.info("agent says", migration=run.id, host=host, said=news.event, reason=reason or None)
+            log.info("agent says", migration=run.id, host=host, said=news.event, reason=reason)
             self._feed(run, machine.Said(role, news.event, reason))
         self._report_soon(run)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from migrator.coordinator.catalog import Catalog
 from migrator.coordinator.journal import Batch, Entry, Journal
+from migrator.errors import PeerLost
 
 
 class Store:
@@ -17,6 +18,7 @@ class Store:
         self.catalog = Catalog()
         self.catalog.take(journal.objects())
         self._changed = asyncio.Event()
+        self._closed = False
 
     @property
     def revision(self) -> int:
@@ -32,6 +34,13 @@ class Store:
         return entries
 
     async def wait_after(self, revision: int) -> None:
-        """Return once there is a change after `revision`."""
+        """Return once there is a change after `revision`. Raises PeerLost when the coordinator stops."""
         while self.revision <= revision:
+            if self._closed:
+                raise PeerLost("the coordinator stops", hint=f"later, go on from revision {revision}")
             await self._changed.wait()
+
+    def close(self) -> None:
+        """Wake up everybody who waits for a change: none will come."""
+        self._closed = True
+        self._changed.set()
