@@ -297,3 +297,59 @@ def test_overflow_of_the_dirty_set_asks_for_a_new_dump(pair: list[Host], monkeyp
         source.run(lambda: source.driver.drain(vm.ref))
     source.run(lambda: source.driver.track(vm.ref))
     assert source.run(lambda: source.driver.drain(vm.ref)) == []
+
+
+def test_a_crash_in_the_middle_of_a_resize_is_mended(pair: list[Host], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = pair
+    vm, peer = source.guest("10.0.0.1", NUMBERS), source.guest("10.0.0.2")
+    _resolve(peer, vm)
+    staging = source.driver._parts().staging
+    monkeypatch.setattr(staging, "go_on", lambda *_, **__: None)
+    source.run(lambda: source.driver.update(vm.ref, {**vm.record, "connections_max": 1000}))
+    stream = Stream(peer, vm.address, vm)
+    stream.run_on(50)
+    assert source.run(lambda: source.driver.port(vm.ref)).state is PortState.STAGED
+    source.restart()
+    assert source.run(lambda: source.driver.port(vm.ref)).state is PortState.ACTIVE
+    stream.run_on(50)
+    (got,) = stream.finish()
+    assert got == list(range(stream.sent))
+
+
+def test_held_frames_without_a_keeper_are_lost_and_the_port_goes_on() -> None:
+    with hosts(1, keeper=False) as (host,):
+        vm, peer = host.guest("10.0.0.1", NUMBERS), host.guest("10.0.0.2")
+        _resolve(peer, vm)
+        host.run(lambda: host.driver.hold(vm.ref))
+        with peer.socket(socket.SOCK_DGRAM) as sender, vm.socket(socket.SOCK_DGRAM) as receiver:
+            receiver.bind((vm.address, 9000))
+            sender.sendto(b"lost", (vm.address, 9000))
+            wait_until(lambda: host.run(lambda: host.driver.port(vm.ref)).held_to == 1, "it is held")
+            host.restart()
+            assert host.run(lambda: host.driver.port(vm.ref)).held_to == 0
+            assert host.run(lambda: host.driver.port(vm.ref)).gate == "local shut"
+            host.run(lambda: host.driver.resume(vm.ref))
+            sender.sendto(b"kept", (vm.address, 9000))
+            assert receiver.recv(16) == b"kept"
+
+
+def test_ports_come_back_after_a_reboot_of_the_host(pair: list[Host]) -> None:
+    """The maps are gone, the state directory is not: ports are there as configured, with empty tables."""
+    source, _ = pair
+    vm, peer = source.guest("10.0.0.1", NUMBERS), source.guest("10.0.0.2")
+    pins = source.driver._parts().pins
+
+    def reboot() -> None:
+        source.driver.stop()
+        pins.clear()
+        pins.make()
+
+    source.run(reboot)
+    source.start()
+    for guest in (vm, peer):
+        status = source.run(lambda guest=guest: source.driver.port(guest.ref))  # type: ignore[misc]
+        assert (status.state, status.gate, status.device) == (PortState.ACTIVE, "local", guest.device)
+    with peer.socket(socket.SOCK_DGRAM) as sender, vm.socket(socket.SOCK_DGRAM) as receiver:
+        receiver.bind((vm.address, 9000))
+        sender.sendto(b"again", (vm.address, 9000))
+        assert receiver.recv(16) == b"again"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,7 @@ def _prefixes(rule: Record) -> list[Prefix]:
     return [(direction, *_mapped(text)) for text in rule["remote"]]
 
 
+@lru_cache(maxsize=65_536)
 def _mapped(text: str) -> tuple[int, int]:
     """A prefix as v4-mapped 128-bit address and length."""
     if not isinstance(text, str):

@@ -171,6 +171,8 @@ class Running:
         instance.hold_began = self.holds.overflowed(instance)
         self.tracking.restore(instance)
         self.instances.add(instance)
+        if entry.state == "active" and self.words.word(entry.slot).state == C.PORT_STAGED:
+            self.staging.go_on(instance, entry.ref.epoch, held=False)
         self.plugs.restore(instance)
 
     def _make_anew(self, entry: PortEntry) -> None:

@@ -165,12 +165,17 @@ class Staging:
         try:
             yield
         finally:
-            self._words.change(slot, epoch, (C.PORT_STAGED,), C.PORT_ACTIVE)
-            ports.store(slot, "commit", committed)
-            self._holds.pump_from(instance)
-            if not held:
-                self._words.set_gate(slot, C.GATE_LOCAL)
-                self._holds.pump_to(instance)
+            self.go_on(instance, committed, held=held)
+
+    def go_on(self, instance: Instance, committed: int, *, held: bool) -> None:
+        """End of a pause, also of one that a crash of the agent cut off."""
+        slot = instance.slot
+        self._words.change(slot, instance.ref.epoch, (C.PORT_STAGED,), C.PORT_ACTIVE)
+        self._kernel.ports.store(slot, "commit", committed)
+        self._holds.pump_from(instance)
+        if not held:
+            self._words.set_gate(slot, C.GATE_LOCAL)
+            self._holds.pump_to(instance)
 
     def _copy_table(self, instance: Instance, entries: int) -> None:
         fresh = self._kernel.conntracks.new(entries)
