@@ -183,5 +183,5 @@ __noinline int forward(struct __sk_buff *skb, __u32 index, __u64 source, __u32 p
 		return forward_drop(skb, index, source, DROP_LOOP);
 	if (entry->vlan && vlan_add(skb, entry->vlan))
 		return drop_slot(skb, entry->target, TO_GUEST, DROP_VLAN);
-	return deliver(skb, entry->target, path);
+	return deliver(skb, entry->target, path | (SOURCE_KIND(source) == L2_PORT ? PATH_LOCAL : 0));
 }

@@ -53,7 +53,8 @@ static __always_inline int gate_redirect(struct __sk_buff *skb, struct port *por
 	verdict = tunnel_send(skb, port->remote, port->channel, mark, path);
 	if (verdict == TC_ACT_SHOT)
 		return drop_at(skb, port, TO_GUEST, DROP_TUNNEL);
-	port->redirected = bpf_ktime_get_ns();
+	if (!(path & PATH_LOCAL)) /* ports of this host do not keep it alive: they learn the place when it ends */
+		port->redirected = bpf_ktime_get_ns();
 	count_redirected(port->slot);
 	return verdict;
 }

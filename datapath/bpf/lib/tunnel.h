@@ -20,6 +20,7 @@
 #define PATH_PASSED     (1 << 4) /* was held already: goes past what is still held */
 #define PATH_JUDGED     (1 << 5) /* the source judged and counted it */
 #define PATH_FLOOD      (1 << 6) /* broadcast, multicast or of an unknown place: every host of the network gets it */
+#define PATH_LOCAL      (1 << 7) /* from a port of this host */
 #define PATH_HOPS(path) ((path) & MARK_HOPS)
 
 /* Sends the frame to a device. Returns the verdict, or with PATH_CLONE 0 or what the device refused it with. */

@@ -1,8 +1,9 @@
 """Places: entries of the L2 table that the agent writes. The kernel's table is the only copy of what is in force.
 
 Two sorts: MACs of a port of this host (kind PORT, the port's gate says the rest), and MACs of VMs elsewhere by word of
-the coordinator (set_place). A place that comes while the MAC's own port still delivers or holds here is kept until it
-does not: so that held frames are not overtaken and an open port is never touched.
+the coordinator (set_place). A place that comes while the MAC's own port is here is kept until that is purged: an open
+port is never touched, held frames are not overtaken, and while a redirect lives, peers that do not know the new place yet
+go through it. (An entry that led back out of the host would drop them: split horizon.)
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ Target = tuple[int, int]
 
 
 class Places:
-    """`settled(slot)`: frames for that slot's port neither go to its device nor wait here."""
+    """`gone(slot)`: no port is in that slot any more."""
 
     def __init__(
-        self, kernel: Kernel, networks: Networks, hosts: Hosts, own_address: str, settled: Callable[[int], bool]
+        self, kernel: Kernel, networks: Networks, hosts: Hosts, own_address: str, gone: Callable[[int], bool]
     ) -> None:
         self._l2, self._networks, self._hosts = kernel.l2, networks, hosts
-        self._own, self._settled = own_address, settled
+        self._own, self._gone = own_address, gone
         self._waiting: dict[Key, Target] = {}
         self._lock = threading.Lock()
 
@@ -48,7 +49,7 @@ class Places:
             if target is None:
                 return
             entry = self._l2.get(_l2_key(key))
-            if entry is not None and entry["kind"] == C.L2_PORT and not self._settled(int(entry["target"])):
+            if entry is not None and entry["kind"] == C.L2_PORT and not self._gone(int(entry["target"])):
                 self._waiting[key] = target
             else:
                 self._write(key, target)
@@ -63,15 +64,6 @@ class Places:
             entry = self._l2.get(_l2_key(key))
             if entry is not None and entry["kind"] != C.L2_PORT and entry["flags"] & C.L2_F_LOCATION:
                 self._l2.delete(_l2_key(key))
-
-    def moved(self, slot: int) -> None:
-        """The port in `slot` redirects now: places that waited for that come into force."""
-        with self._lock:
-            for key, target in list(self._waiting.items()):
-                entry = self._l2.get(_l2_key(key))
-                if entry is None or entry["kind"] != C.L2_PORT or int(entry["target"]) == slot:
-                    del self._waiting[key]
-                    self._write(key, target)
 
     def forget_waiting(self, keys: list[Key]) -> None:
         """The VM's port opened here: what was said before is over."""
@@ -128,10 +120,15 @@ class Places:
         self.forget_waiting([(int(k["network"]), bytes(k["mac"])) for k in keys])
 
     def leave(self, slot: int) -> None:
-        """No MAC leads to `slot` any more; places that waited come into force."""
-        keys, _ = self.entries_of(slot)
-        self._l2.delete_many(keys)
-        self.moved(slot)
+        """No MAC leads to `slot` any more: to where the coordinator says that it is, or nowhere."""
+        with self._lock:
+            keys, _ = self.entries_of(slot)
+            places = {(int(k["network"]), bytes(k["mac"])): k for k in keys}
+            for key in places.keys() & self._waiting.keys():
+                self._write(key, self._waiting.pop(key))
+                del places[key]
+            if places:
+                self._l2.delete_many(np.array(list(places.values()), self._l2.key))
 
 
 def _l2_key(key: Key) -> tuple[int, NDArray[np.uint8], int]:

@@ -73,7 +73,7 @@ class Running:
         self.hosts = Hosts(kernel.hosts, kernel.host_index, ledger)
         self.floods = Floods(kernel.floods)
         self.networks = Networks(kernel, ledger, self.uplinks, self.floods, self.peers, self.underlay.room)
-        self.places = Places(kernel, self.networks, self.hosts, self.underlay.address, self.is_elsewhere)
+        self.places = Places(kernel, self.networks, self.hosts, self.underlay.address, self.is_gone)
         self.fdb = Fdb(kernel, self.networks, self.places, ledger)
         self.connections = Connections(kernel, self.words)
         self.tracking = Tracking(kernel, self.words, self.connections, self.fdb)
@@ -99,10 +99,9 @@ class Running:
         """Indexes of all other hosts."""
         return [index for index, address in self.hosts.names().values() if address != self.underlay.address]
 
-    def is_elsewhere(self, slot: int) -> bool:
-        """Frames for the port in `slot` neither go to its device nor wait here."""
-        target, shut = self.words.gate(slot)
-        return target == C.GATE_REDIRECT and not shut and not self.kernel.ports.load(slot, "held_to")
+    def is_gone(self, slot: int) -> bool:
+        """No port is in the slot: nothing that comes for its MACs can be passed on by it."""
+        return self.words.word(slot).state == C.PORT_FREE
 
     def device_added(self, link: Link) -> None:
         """From the watch's thread."""

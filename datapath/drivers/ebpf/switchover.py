@@ -140,9 +140,7 @@ class Switchover:
         if judged:
             self._holds.send_judged(instance, judged)
         self._words.set_gate(slot, C.GATE_REDIRECT)
-        passed = self._holds.pump_to(instance)
-        self._places.moved(slot)
-        return passed
+        return self._holds.pump_to(instance)
 
     def redirect_idle_s(self, instance: Instance) -> float:
         target, _ = self._words.gate(instance.slot)
