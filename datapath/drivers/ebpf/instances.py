@@ -49,12 +49,13 @@ class Instances:
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._by_ref: dict[PortRef, Instance] = {}
+        self._by_slot: dict[int, Instance] = {}
         self._taken: set[int] = set()
         self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[Instance]:
         with self._lock:
-            return iter(sorted(self._by_ref.values(), key=lambda one: one.slot))
+            return iter([self._by_slot[slot] for slot in sorted(self._by_slot)])
 
     def find(self, ref: PortRef) -> Instance:
         """Raises StaleEpoch when a newer instance of the port is here instead, PortNotFound when none is."""
@@ -77,7 +78,7 @@ class Instances:
     def at(self, slot: int) -> Instance | None:
         """The instance in a slot."""
         with self._lock:
-            return next((one for one in self._by_ref.values() if one.slot == slot), None)
+            return self._by_slot.get(slot)
 
     def on(self, device: str) -> Instance | None:
         """Whoever owns a device: of several instances the newest."""
@@ -107,13 +108,15 @@ class Instances:
     def add(self, instance: Instance) -> None:
         with self._lock:
             self._taken.add(instance.slot)
-            self._by_ref[instance.ref] = instance
+            self._by_ref[instance.ref] = self._by_slot[instance.slot] = instance
 
     def release(self, slot: int) -> None:
         """The slot is free again, and its instance forgotten."""
         with self._lock:
             self._taken.discard(slot)
-            self._by_ref = {ref: one for ref, one in self._by_ref.items() if one.slot != slot}
+            gone = self._by_slot.pop(slot, None)
+            if gone is not None:
+                del self._by_ref[gone.ref]
 
     def free(self) -> int:
         with self._lock:
