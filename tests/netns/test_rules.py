@@ -35,8 +35,10 @@ def test_rule_committed_is_not_open(world: World) -> None:
     seen: set[tuple[str, bool, int]] = set()
     next(reports)
     wait_until("the guest stands", lambda: not vm.order("status")["running"], 20.0, 0.002)
+    now: list[tuple[str, bool, int]] = []
     while not vm.order("status")["running"]:
-        seen.update(instances(world, "h2", vm))
+        seen.update(now)  # what was seen before the guest was known to stand still
+        now = instances(world, "h2", vm)
     assert ("staged", True) in {(state, committed) for state, committed, _ in seen}
     assert "active" not in {state for state, _, _ in seen}
     *_, report = reports

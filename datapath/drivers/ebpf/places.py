@@ -2,8 +2,8 @@
 
 Two sorts: MACs of a port of this host (kind PORT, the port's gate says the rest), and MACs of VMs elsewhere by word of
 the coordinator (set_place). A place that comes while the MAC's own port is here is kept until that is purged: an open
-port is never touched, held frames are not overtaken, and while a redirect lives, peers that do not know the new place yet
-go through it. (An entry that led back out of the host would drop them: split horizon.)
+port is never touched, held frames are not overtaken, and peers that do not know the new place yet go through the
+redirect. (An entry that led back out of the host would drop them: split horizon.)
 """
 
 from __future__ import annotations

@@ -196,6 +196,7 @@ class Probe:
         made = socket.socket(family(address), kind, number)
         made.setblocking(False)
         made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         self.sockets.append(made)
         return made
 
