@@ -4,7 +4,8 @@
  * context of types.h that is read and written in place. Each returns 0 or a negative errno:
  *   -EINVAL  the slot or the count is out of range
  *   -ENOENT  the port has no connection table
- *   -EBUSY   the port is not ACTIVE, so its table does not change
+ *   -EBUSY   the port is not ACTIVE, so its table does not change; a sweep ends early when the port ceases to be, and
+ *            has counted what it did. One change may follow that: whoever quiesces waits for a sweep that runs
  */
 #include <linux/bpf.h>
 #include <linux/errno.h>

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import struct
@@ -72,6 +73,31 @@ def check_round(verdicts_fd: int, table: Table) -> tuple[list[tuple[int, int]], 
     expected = np.where(dying, MODEL.DROP_CT_INVALID, MODEL.DROP_NONE)
     wrong = np.flatnonzero(outcome != expected)
     return [(int(rports[at]), int(outcome[at])) for at in wrong], int((outcome == MODEL.DROP_NONE).sum())
+
+
+def test_a_sweep_ends_with_the_active_port(ports: Ports) -> None:
+    """A switchover does not wait for a walk over a large table, and nothing changes after it."""
+    count = 100_000
+    port = ports(FROM_ONLY, limit=2 * count)
+    keys, entries = np.zeros(count, KEY), np.zeros(count, ENTRY)
+    keys.view(np.uint8).reshape(count, 40)[:, :4] = np.arange(count, dtype=">u4").view(np.uint8).reshape(count, 4)
+    entries["word"] = MODEL.CT_NEW
+    result, visited = 0, count
+    end = time.monotonic() + 30
+    with table_of(port) as table, ThreadPoolExecutor(1) as other:
+        while result == 0 or visited == count:  # until one is caught in the middle
+            assert time.monotonic() < end
+            port.set_flags(0)
+            assert not table.load(keys, entries).refused
+            sweep = MODEL.ct_sweep(slot=port.slot, now=1 << 62)
+            running = other.submit(port.switch.call, "ct_expire", sweep)
+            while not (next(table.dump(64))[1]["word"] >> np.uint64(8)).any():
+                assert time.monotonic() < end  # it walks as a dump does
+            port.set_flags(0, MODEL.PORT_QUIESCED)
+            result, visited = running.result(5), sweep.visited
+        marked = (table.read()[1]["word"] >> np.uint64(8) & np.uint64(MODEL.CT_F_DYING)) != 0
+    assert result == -errno.EBUSY
+    assert marked.sum() == sweep.marked == visited > 0
 
 
 def rebuild(replica: dict[bytes, tuple[int, ...]], changes: Table, table: Table) -> None:

@@ -29,12 +29,17 @@ struct sweep { /* on the stack of sweep_run() */
 	__u64 states[CT_STATES];
 };
 
+static __always_inline int sweep_may(const struct port *port)
+{
+	return PORT_STATE(READ_ONCE(port->word)) == PORT_ACTIVE;
+}
+
 /* The port if it is ACTIVE */
 static __always_inline struct port *sweep_port(__u32 slot)
 {
 	struct port *port = bpf_map_lookup_elem(&ports, &slot);
 
-	return port && PORT_STATE(READ_ONCE(port->word)) == PORT_ACTIVE ? port : NULL;
+	return port && sweep_may(port) ? port : NULL;
 }
 
 static __always_inline void sweep_delete(void *table, struct sweep *sweep)
@@ -142,6 +147,8 @@ static long sweep_visit(void *table, struct ct_key *key, struct ct_entry *entry,
 	__u64 word = READ_ONCE(entry->word);
 
 	sweep_delete(table, sweep);
+	if (!sweep_may(sweep->port)) /* a walk is long, a switchover short */
+		return 1;
 	sweep->visited++;
 	if (CT_FLAGS(word) & CT_F_DEAD)
 		return 0;
@@ -179,5 +186,5 @@ static __always_inline int sweep_run(struct ct_sweep *context, enum sweep_kind k
 	context->fragments = sweep.fragments;
 	for (int i = 0; i < CT_STATES; i++)
 		context->states[i] = sweep.states[i];
-	return 0;
+	return sweep_may(sweep.port) ? 0 : -EBUSY;
 }
