@@ -53,6 +53,7 @@ class Agent:
             store=self.store,
             settings=config.migration,
             tell=self._tell,
+            heard=lambda: self.link.connected,
             ended=self._ended,
         )
         self.ends = Ends(self.around, self._instance_ended)
@@ -269,7 +270,8 @@ class Agent:
         self._reply(request)
 
     async def _authorise(self, request: int, order: pb.Authorise) -> None:
-        self.ends.authorise(order.migration)
+        if not self.ends.authorise(order.migration):
+            self._unknown(order.migration, "nothing of it is here")
         self._reply(request)
 
     async def _abort(self, request: int, order: pb.Abort) -> None:

@@ -165,7 +165,8 @@ class DestinationEnd(End):
         for ref, record in zip(self.refs, self.need.records, strict=True):
             self.driver.stage(ref, record, self.order.devices.get(ref.mac, ""))
             self.driver.set_lease(ref, self.around.settings.lease_s)
-            self.driver.accept_redirect(ref, self.order.channel, self.order.source)
+            channel = orders.port_channel(self.order.channel, (one.mac for one in self.refs), ref.mac)
+            self.driver.accept_redirect(ref, channel, self.order.source)
 
     def _stage_again(self) -> None:
         if self.state.phase is Phase.LOADING:
@@ -213,13 +214,13 @@ class DestinationEnd(End):
         await self.call(self._open_all, action.degraded)
         self.report.span("open", "resumed")
         self.post(words.Opened())
-        self.beside("announce", self._announce())
+        self.beside("announce", self._announce)
 
     def _open_all(self, degraded: bool) -> None:
         for ref in self.refs:
             if degraded and not self.driver.port(ref).committed:
                 self.driver.commit(ref)
-            pumped = self.driver.open(ref, broadcast=False)
+            pumped = self.driver.open(ref, broadcast=degraded and self._source is None)
             self.report.frames["released"] += pumped.passed
             self.report.frames["dropped"] += pumped.dropped
 

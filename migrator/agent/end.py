@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import structlog
@@ -25,13 +25,20 @@ from migrator.agent.store import Store
 from migrator.lifecycle.machine import Action, Event, Role
 
 T = TypeVar("T")
+Work = Callable[[], Coroutine[Any, Any, None]]
 REPORT_S = 0.2
+
+
+@dataclass(frozen=True)
+class Heard(Action):
+    """See End.heard."""
 
 
 class Surroundings:
     """What an end needs of its agent.
 
-    `tell` sends a Progress to the coordinator if it is there. `ended` is called once when an end is over.
+    `tell` sends a Progress to the coordinator if it is there, and `heard` says whether it is. `ended` is called once
+    when an end is over and the coordinator has been told so.
     """
 
     def __init__(
@@ -43,6 +50,7 @@ class Surroundings:
         store: Store,
         settings: MigrationSection,
         tell: Callable[[pb.FromAgent], None],
+        heard: Callable[[], bool],
         ended: Callable[[End], None],
     ) -> None:
         self.host = host
@@ -51,6 +59,7 @@ class Surroundings:
         self.store = store
         self.settings = settings
         self.tell = tell
+        self.heard = heard
         self.ended = ended
         self._lanes: dict[str, ThreadPoolExecutor] = {}
 
@@ -172,19 +181,22 @@ class End:
 
     async def _run(self) -> None:
         handlers = self._handlers()
-        while True:
+        while not (self.over and self._actions.empty() and self.around.heard()):
             action = await self._actions.get()
             try:
-                await handlers[type(action)](action)
+                if type(action) is not Heard:
+                    await handlers[type(action)](action)
             except Error as error:
                 self.log.warning("failed", action=type(action).__name__, error=str(error))
                 self.post(self._failure(str(error)))
             except Exception as error:
                 self.log.exception("broken", action=type(action).__name__)
                 self.post(self._failure(f"{type(error).__name__}: {error}"))
-            if self.over and self._actions.empty():
-                self._finish()
-                return
+        self._finish()
+
+    def heard(self) -> None:
+        """The coordinator is there and has been told: an end that is over may be forgotten."""
+        self._actions.put_nowait(Heard())
 
     def _finish(self) -> None:
         self.close()
@@ -207,7 +219,7 @@ class End:
         """Run `function` in the VM's lane."""
         return await self.around.call(self.vm, function, *arguments)
 
-    def beside(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def beside(self, name: str, work: Work) -> asyncio.Task[None]:
         """Go on with `work` beside the actions. A work of the same name ends."""
         self.stop_beside(name)
         task = self._beside[name] = asyncio.create_task(self._guarded(work))
@@ -218,9 +230,9 @@ class End:
             if name in self._beside:
                 self._beside.pop(name).cancel()
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Work) -> None:
         try:
-            await work
+            await work()
         except Error as error:
             self.log.warning("failed", error=str(error))
             self.post(self._failure(str(error)))

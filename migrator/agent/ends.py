@@ -102,10 +102,13 @@ class Ends:
         self._ends[order.migration, Role.SOURCE] = end
         end.begin(actions)
 
-    def authorise(self, migration: str) -> None:
-        for end in self._named(migration):
+    def authorise(self, migration: str) -> bool:
+        """False when nothing of that migration is here."""
+        ends = self._named(migration)
+        for end in ends:
             if end.role is Role.SOURCE:
                 end.post(leaving.Authorised())
+        return bool(ends)
 
     def abort(self, order: pb.Abort) -> bool:
         """False when nothing of that migration is here."""
@@ -162,6 +165,7 @@ class Ends:
     def tell_again(self) -> None:
         for end in self:
             end.tell_again()
+            end.heard()
 
     # ---- the agent's own life ----
 

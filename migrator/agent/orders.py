@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgpack
 
-from datapath.errors import LoadRejected
 from datapath.provider import Need, Network, NetworkKind, Place, PortRef
 from datapath.registry import KINDS
 from datapath.state.kind import Op, Record, Table
 from migrator._pb import migrator_pb2 as pb
 from migrator.errors import Corrupt
 
+CHANNEL_MAX = (1 << 24) - 1
 CONNECTIONS_MAX = 65536
 LEARNED_MAX = 16
 RECORDS_BYTES = 1 << 20
@@ -120,6 +122,6 @@ def need_of(message: pb.Need) -> Need:
     return Need(dict(message.kinds), records, message.rules_max, message.connections)
 
 
-def require_known(kind: str) -> None:
-    if kind not in KINDS:
-        raise LoadRejected(f"no kind {kind!r} is known", hint=f"known: {', '.join(KINDS)}")
+def port_channel(channel: int, macs: Iterable[str], mac: str) -> int:
+    """The port's own channel: a channel leads to one port, a migration has one for each, from `channel` on by MAC."""
+    return (channel - 1 + sorted(macs).index(mac)) % CHANNEL_MAX + 1

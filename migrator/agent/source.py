@@ -107,7 +107,7 @@ class SourceEnd(End):
     # ---- until the switchover ----
 
     async def _probe(self, _: words.Probe) -> None:
-        self.beside("step", self._probe_path())
+        self.beside("step", self._probe_path)
 
     async def _probe_path(self) -> None:
         size = ETHERNET + await self.call(self.ports.mtu)
@@ -124,7 +124,7 @@ class SourceEnd(End):
         self.post(words.Probed())
 
     async def _connect(self, _: words.Connect) -> None:
-        self.beside("connect", self._connect_until_there())
+        self.beside("connect", self._connect_until_there)
 
     async def _connect_until_there(self) -> None:
         settled = self.state.phase is Phase.SETTLING
@@ -175,7 +175,7 @@ class SourceEnd(End):
         if not self.order.ordered_elsewhere:
             await self.guests.migrate(self.vm, self.order.destination)
             self._moving_guest = True
-        self._copying = self.beside("copy", self._copy_rounds())
+        self._copying = self.beside("copy", self._copy_rounds)
 
     async def _copy_rounds(self) -> None:
         """Round 0, then rounds until one is small, then go on so that it stays small.
@@ -268,7 +268,7 @@ class SourceEnd(End):
 
     async def _watch(self, _: words.Watch) -> None:
         await self.call(self.ports.idle)  # whatever has to be found or opened for it is from then on
-        self.beside("watch", self._watch_memory())
+        self.beside("watch", self._watch_memory)
 
     async def _watch_memory(self) -> None:
         began = time.monotonic()
@@ -283,7 +283,7 @@ class SourceEnd(End):
         QUIET.begin(self.name)
         self.report.leading = True
         self.report.mark("held")
-        self.beside("hold", self._hold_and_idle())
+        self.beside("hold", self._hold_and_idle)
 
     async def _hold_and_idle(self) -> None:
         await self.call(self.ports.hold)
@@ -312,7 +312,7 @@ class SourceEnd(End):
         return None
 
     async def _suspend(self, _: words.Suspend) -> None:
-        self.beside("suspend", self._suspend_guest())
+        self.beside("suspend", self._suspend_guest)
 
     async def _suspend_guest(self) -> None:
         began = time.monotonic()
@@ -379,7 +379,7 @@ class SourceEnd(End):
         self.post(words.Redirected())
 
     async def _settle(self, _: words.Settle) -> None:
-        self.beside("settle", self._send_accounts())
+        self.beside("settle", self._send_accounts)
 
     async def _send_accounts(self) -> None:
         began = time.monotonic()
@@ -404,7 +404,7 @@ class SourceEnd(End):
     # ---- back ----
 
     async def _ask(self, _: words.Ask) -> None:
-        self.beside("ask", self._ask_until_answered())
+        self.beside("ask", self._ask_until_answered)
 
     async def _ask_until_answered(self) -> None:
         query = pb.MoveQuery(migration=self.report.id, vm=self.vm, epoch=self.report.epoch)

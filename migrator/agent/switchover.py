@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from datapath.errors import PortNotFound
 from datapath.provider import Driver, PortRef, PortState, Pumped
+from migrator.agent.orders import port_channel
 from migrator.agent.report import Report
 
 
@@ -66,7 +67,8 @@ class Ports:
         self.take()
         for ref in self._refs:
             judged, self._taken[ref] = self._taken[ref], []
-            self._count("redirected", self._driver.redirect(ref, channel, host, judged))
+            own = port_channel(channel, (one.mac for one in self._refs), ref.mac)
+            self._count("redirected", self._driver.redirect(ref, own, host, judged))
 
     def resume(self) -> None:
         """Active again: what the guest left unread goes first, then what was held."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -138,6 +139,7 @@ class World:
     agents: dict[str, Agent] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     guests: str = ""  # "none": no hypervisor at all
+    ports: dict[str, int] = field(default_factory=dict)
 
     async def agent(self, host: str) -> Agent:
         config = AgentConfig.model_validate(
@@ -145,7 +147,7 @@ class World:
                 "agent": {
                     "host": host,
                     "coordinator": self.address,
-                    "listen": "127.0.0.1:0",
+                    "listen": f"127.0.0.1:{self.port(host)}",
                     "socket": str(self.directory / f"{host}.sock"),
                     "state_dir": str(self.directory / host),
                 },
@@ -158,6 +160,13 @@ class World:
         agent = self.agents[host] = Agent(config, guests=side)
         await agent.start()
         return agent
+
+    def port(self, host: str) -> int:
+        """Of the agent's peer service: the same after a restart."""
+        if host not in self.ports:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                self.ports[host] = free.getsockname()[1]
+        return self.ports[host]
 
     async def stop(self, host: str) -> None:
         await self.agents.pop(host).stop()

@@ -1,0 +1,262 @@
+"""An agent dies, the coordinator goes, the other end cannot take it: moved completely, or not moved at all."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datapath.errors import NotReady
+from datapath.provider import PortRef
+from datapath.state.kind import Table
+from migrator._pb import migrator_pb2 as pb
+from migrator.agent.ends import Ends
+from tests.unit.pair import VM, World, eventually, world
+
+
+def phase(ends: Ends) -> str:
+    """Of the newest end of the VM, "" for none."""
+    return next((str(end.state.phase) for end in ends.of(VM)), "")
+
+
+async def reach(w: World, host: str, *phases: str) -> None:
+    await eventually(lambda: phase(w.agents[host].ends) in phases)
+
+
+def owners(w: World) -> list[str]:
+    return [host for host in w.agents if w.active(host)]
+
+
+@pytest.mark.parametrize("host", ["a", "b"])
+def test_an_agent_restarts_while_memory_is_copied(tmp_path: Path, host: str) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 50)
+            before = w.connections("a")
+            w.hypervisor.converged = False
+            migration = await w.migrate("b")
+            await reach(w, "a", "watching")
+            await w.stop(host)
+            await w.start(host)
+            report = await w.finish(migration, 20.0)
+            assert report.outcome == "aborted", report
+            assert not w.hypervisor.moving and w.hypervisor.running
+            await eventually(lambda: owners(w) == ["a"])
+            await w.quiet()
+            assert w.connections("a") == before
+            assert not w.statuses("b")
+            w.hypervisor.converged = True
+            assert (await w.finish(await w.migrate("b"))).outcome == "complete"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("host", ["a", "b"])
+def test_an_agent_restarts_between_commit_and_resume(tmp_path: Path, host: str) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 50)
+            before = w.connections("a")
+            w.hypervisor.downtime_s = 1.0
+            migration = await w.migrate("b")
+            await reach(w, "a", "committed")
+            await w.stop(host)
+            await w.start(host)
+            report = await w.finish(migration, 20.0)
+            assert report.outcome == "complete", report
+            assert owners(w) == ["b"]
+            assert w.connections("b") == before
+            await w.quiet()
+            assert not w.statuses("a")
+
+    asyncio.run(scenario())
+
+
+def test_the_guest_resumes_while_the_destination_is_away(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 50)
+            before = w.connections("a")
+            w.hypervisor.downtime_s = 0.3
+            migration = await w.migrate("b")
+            await reach(w, "a", "committed")
+            await w.stop("b")
+            await eventually(lambda: w.hypervisor.place == "b")
+            await w.start("b")
+            report = await w.finish(migration, 20.0)
+            assert report.outcome == "complete", report
+            assert owners(w) == ["b"]
+            assert w.connections("b") == before
+
+    asyncio.run(scenario())
+
+
+def test_the_guest_arrives_while_its_source_is_away(tmp_path: Path) -> None:
+    """The last changes are missing: the ports open all the same, and the operator is told."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b", last_changes_s=0.2) as w:
+            w.fill("a", 50)
+            before = w.connections("a")
+            w.hypervisor.converged = False
+            migration = await w.migrate("b")
+            await reach(w, "a", "watching")
+            await w.stop("a")
+            w.hypervisor.place, w.hypervisor.running = "b", False
+            w.hypervisor.moving = ""
+            w.hypervisor.resume("b", "migrated")
+            await eventually(lambda: owners(w) == ["b"])
+            await w.start("a")
+            report = await w.finish(migration, 20.0)
+            assert report.outcome == "degraded", report
+            assert owners(w) == ["b"]
+            assert w.connections("b") == before
+            await w.quiet()
+            assert not w.statuses("a")
+
+    asyncio.run(scenario())
+
+
+def test_from_the_authorisation_on_nobody_needs_the_coordinator(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 50)
+            before = w.connections("a")
+            w.hypervisor.converged = False
+            await w.migrate("b")
+            await reach(w, "a", "watching")
+            for session in w.cluster.roster:
+                w.cluster.roster._sessions.clear()
+                session.close()
+            w.hypervisor.converged = True
+            await eventually(lambda: owners(w) == ["b"])
+            assert w.connections("b") == before
+
+    asyncio.run(scenario())
+
+
+def test_a_destination_that_cannot_load_gives_the_guest_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 50)
+            before = w.connections("a")
+            driver: Any = w.driver("b")
+
+            def refuse(ref: PortRef, table: Table) -> None:
+                raise NotReady(f"no memory for {len(table)} records of {ref.mac}")
+
+            driver.load = refuse
+            report = await w.finish(await w.migrate("b"))
+            assert report.outcome == "aborted", report
+            assert "no memory" in report.reason
+            assert owners(w) == ["a"]
+            assert w.connections("a") == before
+            await w.quiet()
+            assert not w.statuses("b")
+
+    asyncio.run(scenario())
+
+
+def test_more_changes_than_can_be_noted_begin_the_copy_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 50)
+            driver: Any = w.driver("a")
+            drain, times = driver.drain, iter([True])
+
+            def overflow(ref: PortRef) -> list[Table]:
+                if next(times, False):
+                    raise NotReady("the note of changes overflowed")
+                tables: list[Table] = drain(ref)
+                return tables
+
+            driver.drain = overflow
+            before = w.connections("a")
+            report = await w.finish(await w.migrate("b"))
+            assert report.outcome == "complete", report
+            assert any("begun again" in warning for warning in report.warnings), report
+            assert w.connections("b") == before
+            assert report.moved["conntrack"] == 100
+
+    asyncio.run(scenario())
+
+
+def test_frames_left_in_the_guests_queue_are_carried(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            ref = w.active("a")[0]
+            w.hypervisor.converged = False
+            migration = await w.migrate("b")
+            await reach(w, "a", "watching")
+            left = [bytes(12) + bytes([i]) * 60 for i in range(3)]
+            w.driver("a").inject(ref, left, judged=True)
+            w.hypervisor.stop()
+            report = await w.finish(migration)
+            assert report.outcome == "complete", report
+            there = next(new for new in w.active("b") if new.mac == ref.mac)
+            came = w.driver("b").take(there)
+            assert [frame for frame in came if frame in left] == left
+
+    asyncio.run(scenario())
+
+
+def test_frames_left_in_the_guests_queue_come_back_on_a_rollback(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            ref = w.active("a")[0]
+            w.hypervisor.converged, w.hypervisor.fail = False, True
+            migration = await w.migrate("b")
+            await reach(w, "a", "watching")
+            left = [bytes(12) + bytes([i]) * 60 for i in range(3)]
+            w.driver("a").inject(ref, left, judged=True)
+            w.hypervisor.stop()
+            report = await w.finish(migration)
+            assert report.outcome == "aborted", report
+            assert w.driver("a").take(ref) == left
+
+    asyncio.run(scenario())
+
+
+def test_a_second_migration_of_the_vm_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b", "c") as w:
+            w.hypervisor.converged = False
+            migration = await w.migrate("b")
+            await reach(w, "a", "watching")
+            with pytest.raises(Exception, match="moved"):
+                await w.migrate("c")
+            order = pb.StartSource(migration="other", vm=VM, epoch=99, epochs={"52:54:00:00:00:01": 1})
+            with pytest.raises(Exception, match="being moved"):
+                w.agents["a"].ends.start(order)
+            w.cluster.migrations.abort(migration)
+            assert (await w.finish(migration)).outcome == "aborted"
+
+    asyncio.run(scenario())
+
+
+def test_without_a_hypervisor_doubt_is_resolved_by_the_operator(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b", guests="none", step_s=0.2) as w:
+            w.fill("a", 50)
+            before = w.connections("a")
+            driver: Any = w.driver("b")
+            gone = asyncio.Event()
+            commit, loop = driver.commit, asyncio.get_running_loop()
+
+            def commit_and_die(ref: PortRef) -> None:
+                commit(ref)
+                loop.call_soon_threadsafe(gone.set)
+
+            driver.commit = commit_and_die
+            migration = await w.migrate("b")
+            await gone.wait()
+            await w.stop("b")
+            await reach(w, "a", "final", "committed")
+            assert not w.active("a")
+            w.cluster.migrations.resolve(migration, "a")
+            await eventually(lambda: owners(w) == ["a"])
+            assert w.connections("a") == before
+
+    asyncio.run(scenario())
