@@ -213,8 +213,9 @@ def _prepared(state: State, _: Prepared) -> Step:
     if state.phase is not Phase.STAGING:
         return state, ()
     if state.dry_run:
-        undone = replace(state, phase=Phase.ABORTING, ended=frozenset({A}), reason="dry run", finished=True)
-        return undone, (Finish(Outcome.COMPLETE, "dry run"), Send(B, Order.ABORT, "dry run"))
+        state = replace(state, reason="dry run")
+        undone = replace(state, phase=Phase.ABORTING, ended=frozenset({A}), finished=True)
+        return undone, (*_finish(state, Outcome.COMPLETE), Send(B, Order.ABORT, "dry run"))
     return replace(state, phase=Phase.STARTING), (Send(A, Order.START),)
 
 
