@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -50,6 +51,9 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self._ports = folder / "ports"
         self._folder = folder
+        self._later: dict[int, PortEntry] = {}
+        self._lock = threading.Lock()  # of `_later`, never held while a file is written
+        self._files = threading.Lock()
         self._ports.mkdir(parents=True, exist_ok=True)
 
     # ---- ports ----
@@ -65,20 +69,42 @@ class Ledger:
         parts = {"ref": PortRef(**values["ref"]), "rules": tuple(rules or ()), "carried": carried or {}}
         return PortEntry(**{**values, **parts})
 
-    def save_port(self, entry: PortEntry, *, durable: bool = True) -> None:
-        """All but rules and what was carried. `durable` False: the disk is not waited for, within a switchover."""
+    def save_port(self, entry: PortEntry) -> None:
+        """All but rules and what was carried."""
+        with self._files:
+            with self._lock:
+                self._later.pop(entry.slot, None)
+            self._write_port(entry)
+
+    def save_port_later(self, entry: PortEntry) -> None:
+        """The same at the next `flush`: within a switchover no file system is waited for."""
+        with self._lock:
+            self._later[entry.slot] = entry
+
+    def flush(self) -> None:
+        """Write what was put off."""
+        with self._files:
+            with self._lock:
+                entries, self._later = self._later, {}
+            for entry in entries.values():
+                self._write_port(entry)
+
+    def _write_port(self, entry: PortEntry) -> None:
         values = {name: value for name, value in vars(entry).items() if name not in ("rules", "carried")}
-        _write(self._ports / f"{entry.slot}.json", {**values, "ref": asdict(entry.ref)}, durable=durable)
+        _write(self._ports / f"{entry.slot}.json", {**values, "ref": asdict(entry.ref)})
 
     def save_rules(self, entry: PortEntry) -> None:
-        _write(self._ports / f"{entry.slot}.rules.json", entry.rules, durable=True)
+        _write(self._ports / f"{entry.slot}.rules.json", entry.rules)
 
     def save_carried(self, entry: PortEntry) -> None:
-        _write(self._ports / f"{entry.slot}.carried.json", entry.carried, durable=True)
+        _write(self._ports / f"{entry.slot}.carried.json", entry.carried)
 
     def forget_port(self, slot: int) -> None:
-        for path in self._ports.glob(f"{slot}.*"):
-            path.unlink(missing_ok=True)
+        with self._files:
+            with self._lock:
+                self._later.pop(slot, None)
+            for path in self._ports.glob(f"{slot}.*"):
+                path.unlink(missing_ok=True)
 
     def save_fdb(self, slot: int, entries: NDArray[Any]) -> None:
         """L2 entries that a staged port will own when it opens."""
@@ -136,7 +162,7 @@ class Ledger:
         return table
 
     def _write_table(self, name: str, table: Mapping[str, Any]) -> None:
-        _write(self._folder / f"{name}.json", table, durable=True)
+        _write(self._folder / f"{name}.json", table)
 
 
 def _read_or_none(path: Path) -> Any:
@@ -153,11 +179,10 @@ def _read(path: Path) -> Any:
     return values
 
 
-def _write(path: Path, values: Any, *, durable: bool) -> None:
+def _write(path: Path, values: Any) -> None:
     partial = path.with_suffix(".partial")
     with partial.open("w") as file:
         json.dump(values, file, separators=(",", ":"))
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)

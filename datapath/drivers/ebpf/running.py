@@ -89,7 +89,9 @@ class Running:
         self.switchover = Switchover(kernel, self.words, self.fdb, self.places, self.hosts, self.holds, self.ledger)
         self.probe = PathProbe(self.underlay.address, options.tunnel_port, kernel.channels)
         self.reports = Reports(self.instances, self.probe, self.tell)
-        self.sweeper = Sweeper(kernel, self.words, self.instances, self.networks, self.tell, options.sweep_interval_s)
+        self.sweeper = Sweeper(
+            kernel, self.words, self.ledger, self.instances, self.networks, self.tell, options.sweep_interval_s
+        )
         self.watch = Watch(self.device_added, self.device_removed)
         self.reader = Reader(kernel.switch.map_fd("events"), self.reports.deliver)
 
@@ -202,6 +204,7 @@ class Running:
             self._close()
 
     def _close(self) -> None:
+        self.ledger.flush()
         for instance in self.instances:
             for handle in (instance.table, instance.dirty, instance.hold_to, instance.hold_from):
                 if handle is not None:

@@ -1,4 +1,4 @@
-"""Ageing: connections by a program in the kernel, L2 entries from here. One thread for all ports."""
+"""What is done now and then: connections age by a program in the kernel, L2 entries from here, the ledger is kept."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from datapath.drivers.ebpf.clock import ktime_ns
 from datapath.drivers.ebpf.instances import Instance, Instances
 from datapath.drivers.ebpf.kernel import Kernel
 from datapath.drivers.ebpf.layout import C
+from datapath.drivers.ebpf.ledger import Ledger
 from datapath.drivers.ebpf.networks import Networks
 from datapath.drivers.ebpf.noting import l2_dirty_keys
 from datapath.drivers.ebpf.words import Words
@@ -33,12 +34,14 @@ class Sweeper:
         self,
         kernel: Kernel,
         words: Words,
+        ledger: Ledger,
         instances: Instances,
         networks: Networks,
         tell: Callable[[Event], None],
         interval_s: float = INTERVAL_S,
     ) -> None:
-        self._kernel, self._words, self._instances, self._networks = kernel, words, instances, networks
+        self._kernel, self._words, self._ledger = kernel, words, ledger
+        self._instances, self._networks = instances, networks
         self._tell, self._interval_s = tell, interval_s
         self._due: dict[int, int] = {}
         self._alarmed: set[int] = set()
@@ -57,6 +60,7 @@ class Sweeper:
         due_l2 = 0
         while not self._stop.wait(min(INTERVAL_MIN_S, self._interval_s)):
             try:
+                self._ledger.flush()
                 self._sweep_due()
                 if ktime_ns() >= due_l2:
                     self.age_l2()

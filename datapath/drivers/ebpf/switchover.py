@@ -152,9 +152,9 @@ class Switchover:
         self._kernel.ports.store(instance.slot, "lease", deadline)
 
     def _save(self, instance: Instance, **changes: object) -> None:
-        """Not waited for: the maps are the truth, the ledger is for the day after a reboot."""
+        """Put off: the maps are the truth, the ledger is for the day after a reboot."""
         instance.entry = replace(instance.entry, **changes)  # type: ignore[arg-type]
-        self._ledger.save_port(instance.entry, durable=False)
+        self._ledger.save_port_later(instance.entry)
 
 
 def _require(instance: Instance, good: bool, what: str) -> None:
