@@ -16,6 +16,8 @@ from migrator.cli.context import Context
 from migrator.errors import OUTCOMES, PeerLost, exit_code
 from migrator.table import plain, print_fields, print_json, print_table, size
 
+IN_DOUBT = "in-doubt"
+
 
 def follow(context: Context, reports: Iterable[pb.Migration], *, detach: bool = False) -> int:
     """Show reports until the last one; returns the exit code of its outcome."""
@@ -31,6 +33,8 @@ def follow(context: Context, reports: Iterable[pb.Migration], *, detach: bool = 
         print_report(last)
     if detach:
         return 0
+    if last.phase == IN_DOUBT:
+        return OUTCOMES[IN_DOUBT]
     if not last.done:
         raise PeerLost(
             f"the coordinator is gone; migration {last.id} goes on by itself", hint="`migrator migration show`"
@@ -39,11 +43,11 @@ def follow(context: Context, reports: Iterable[pb.Migration], *, detach: bool = 
 
 
 def _last(reports: Iterable[pb.Migration], *, first: bool) -> pb.Migration | None:
-    """The last of the reports, or the first; None when there is none."""
+    """The last of the reports, or the first. What is in doubt is not waited for: it may last."""
     last = None
     for report in reports:
         last = report
-        if first:
+        if first or report.phase == IN_DOUBT:
             break
     return last
 

@@ -135,14 +135,18 @@ class Catalog:
         return max(self.revisions.get(part, 0) for part in parts)
 
     def ports_touched(self, entries: Iterable[Entry]) -> list[pb.Port]:
-        """Ports whose order these changes alter, those of changed networks left out (a Sync carries them)."""
+        """Ports whose order these changes alter."""
         changed = {(entry.sort, entry.name) for entry in entries}
         policies = {
             name
             for name, policy in self.policies.items()
             if ("policy", name) in changed or any(("address-set", s) in changed for s in sets_of(policy))
         }
-        return [port for name, port in self.ports.items() if ("port", name) in changed or port.policy in policies]
+        return [
+            port
+            for name, port in self.ports.items()
+            if ("port", name) in changed or ("network", port.network) in changed or port.policy in policies
+        ]
 
     def config(self, revision: int) -> pb.Config:
         return pb.Config(

@@ -35,6 +35,7 @@ class Cluster:
     def __init__(self, journal: Journal, deadlines: Deadlines | None = None) -> None:
         self._deadlines = deadlines or Deadlines()
         self.store = Store(journal)
+        REVISION.set_function(lambda: self.store.revision)
         self.roster = Roster()
         self._places = Acknowledgements()
         self.migrations = Migrations(self.store, self.roster, self._places, self._deadlines)
@@ -75,17 +76,21 @@ class Cluster:
         """An agent attached: it gets all that concerns its host, then what it missed of migrations."""
         if not hello.host:
             raise ConfigInvalid("an agent attached without a host name", hint="set [agent] host in its configuration")
-        session = Session(hello)
         known = self.store.catalog.hosts.get(hello.host)
+        self.store.commit(Batch([self._host_write(hello.host, hello=hello)]), durable=False)
+        session = Session(hello)
         self.roster.join(session)
         self._places.joined(session.host)
         ATTACHED.set(len(self.roster))
-        self.store.commit(Batch([self._host_write(session.host, hello=hello)]), durable=False)
+        log.info("agent attached", host=session.host, driver=hello.driver, ports=len(hello.instances))
+        try:
+            self._start_sync(session, self._sync_common())
+            self.migrations.attached(hello)
+        except BaseException:
+            self.leave(session)
+            raise
         if known is None or known.underlay != hello.underlay:
             self._sync_soon()
-        log.info("agent attached", host=session.host, driver=hello.driver, ports=len(hello.instances))
-        self._start_sync(session, self._sync_common())
-        self.migrations.attached(hello)
         return session
 
     def leave(self, session: Session) -> None:
@@ -213,7 +218,6 @@ class Cluster:
 
     def _carry_out(self, planned: Planned) -> None:
         entries = self.store.commit(Batch(planned.writes, counters=planned.counters))
-        REVISION.set(self.store.revision)
         if any(entry.sort in ("network", "host") for entry in entries):
             self._sync_all()
         self._push(entries)

@@ -269,3 +269,19 @@ def test_names_of_vms_are_completed(served: Served, document: str, capsys) -> No
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_has_help(capsys, name: str) -> None:
     assert "Usage: migrator" in said(capsys, name, "--help")
+
+
+def test_migration_in_doubt_is_not_waited_for(served: Served, document: str, capsys) -> None:
+    said(capsys, "apply", "-f", document)
+    agents(served, "committed")
+    served.do(shorten(served.bench))
+    assert run(["migrate", "shop", "--to", "h2"]) == 37
+    out = capsys.readouterr().out
+    assert "in-doubt" in out
+    (report,) = parsed(capsys, "migration", "list", "--json")
+    assert "is not with host h9" in said(capsys, "migration", "resolve", report["id"], "--guest-at", "h9", code=34)
+
+
+async def shorten(bench: Bench) -> None:
+    execution = bench.cluster.migrations._execution
+    execution.deadlines = execution.deadlines.model_copy(update={"switchover_s": 0.2})

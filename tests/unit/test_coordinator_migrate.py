@@ -149,6 +149,23 @@ def test_never_two_migrations_of_one_vm(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+def test_of_several_orders_after_a_dry_run_one_goes_on(tmp_path: Path) -> None:
+    """All wait until the dry run is undone; then one is first."""
+
+    async def scenario(bench: Bench) -> None:
+        _, b = await bench.two_hosts()
+        await bench.finished((await bench.begin_migration(dry_run=True)).id)
+        orders = [asyncio.create_task(bench.begin_migration()) for _ in range(3)]
+        await b.hear("abort")
+        await asyncio.sleep(0)
+        b.progress("aborted")
+        got = await asyncio.gather(*orders, return_exceptions=True)
+        refused = [received(error, "") for error in got if isinstance(error, grpc.RpcError)]
+        assert [type(error) for error in refused] == [AlreadyMigrating, AlreadyMigrating]
+
+    run(tmp_path, scenario)
+
+
 def test_silent_destination_is_refused_after_its_deadline(tmp_path: Path) -> None:
     async def scenario(bench: Bench) -> None:
         _, b = await bench.two_hosts()
