@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from datapath.errors import KernelError
@@ -23,18 +24,32 @@ def ktime_ns() -> int:
 def barrier() -> None:
     """Returns when every program that ran at the call has left.
 
-    Programs at tc run with preemption off, so a thread that has run on each CPU since has seen them all out (0.07 ms;
+    Programs at tc run with preemption off, so a thread that has run on each CPU since has seen them all out (0.2 ms;
     waiting for RCU takes 8 ms and more). Where the agent may not run on each CPU, RCU is waited for.
     """
     before = os.sched_getaffinity(0)
     try:
-        for cpu in _online():
-            os.sched_setaffinity(0, {cpu})
+        with _urgent():
+            for cpu in _online():
+                os.sched_setaffinity(0, {cpu})
     except OSError:
         _wait_for_rcu()
     finally:
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def _urgent() -> Iterator[None]:
+    """On busy CPUs an ordinary thread waits for its turn on each (p99 10 ms), this one does not (p99 0.4)."""
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    with contextlib.suppress(OSError):  # a cgroup without time for it
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, policy, parameter)
 
 
 def _online() -> list[int]:
