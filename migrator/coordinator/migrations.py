@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 
 import structlog
@@ -27,6 +27,15 @@ CHANNEL_MAX = (1 << 24) - 1
 DOWNTIME_MS = 300  # QEMU's own default
 
 log = structlog.get_logger()
+
+
+def free_channel(ports: int, live: Iterable[Running]) -> int:
+    """First of `ports` successive channels, one a port, at random and apart from those of live migrations."""
+    taken = [range(run.agreed.channel, run.agreed.channel + max(len(run.epochs), 1)) for run in live]
+    while True:
+        first = secrets.randbelow(CHANNEL_MAX - ports) + 1
+        if not any(first < other.stop and other.start < first + ports for other in taken):
+            return first
 
 
 class Migrations:
@@ -88,15 +97,13 @@ class Migrations:
         return next((run for run in self._execution.running.values() if run.agreed.vm == vm and run.blocks), None)
 
     def _agree(self, vm: str, request: pb.MigrateRequest) -> Agreed:
-        channels = {run.agreed.channel for run in self._execution.running.values()}
-        channel = next(c for c in iter(lambda: secrets.randbelow(CHANNEL_MAX) + 1, 0) if c not in channels)
         return Agreed(
             id=str(uuid.uuid4()),
             vm=vm,
             source=self._store.catalog.host_of(vm),
             destination=request.to,
             epoch=self._store.journal.counter(epoch_counter(vm)) + 1,
-            channel=channel,
+            channel=free_channel(len(self._store.catalog.ports_of(vm)), self._execution.running.values()),
             token=secrets.token_hex(16),
             strict=request.strict,
             without_state=request.without_state,

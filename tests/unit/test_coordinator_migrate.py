@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
 
 from migrator._pb import migrator_pb2 as pb
+from migrator.coordinator.migrations import free_channel
 from migrator.coordinator.rpc import received
+from migrator.coordinator.running import Agreed, Running
 from migrator.errors import AlreadyMigrating, MigrationNotFound, PreflightFailed
+from migrator.lifecycle import coordinator as machine
 from tests.unit.scripted import MAC, VM, Agent, Bench
+
+AGREED = Agreed("m", VM, "h1", "h2", 2, 1, "", False, False, False, 1.0, 1)
 
 
 def run(folder: Path, scenario, **deadlines: float) -> None:
@@ -164,6 +170,13 @@ def test_of_several_orders_after_a_dry_run_one_goes_on(tmp_path: Path) -> None:
         assert [type(error) for error in refused] == [AlreadyMigrating, AlreadyMigrating]
 
     run(tmp_path, scenario)
+
+
+def test_channels_of_live_migrations_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter([99, 98, 101, 102])
+    monkeypatch.setattr("secrets.randbelow", lambda _: next(drawn))
+    live = Running(replace(AGREED, channel=100), machine.State(), pb.Migration(), {"a": 1, "b": 1, "c": 1})
+    assert free_channel(2, [live]) == 103  # 100, 99 and 102 would meet 100 to 102
 
 
 def test_silent_destination_is_refused_after_its_deadline(tmp_path: Path) -> None:
