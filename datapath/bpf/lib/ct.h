@@ -81,6 +81,28 @@ static __always_inline int ct_kill(void *table, __u32 slot, const struct ct_key 
 	return 1;
 }
 
+#define CT_KEEP_TRIES 4 /* expiry changes its mind once; the rest is for a change of state by another packet */
+
+/* After `seen` was set: takes back what expiry did meanwhile. Returns DROP_NONE, or DROP_CT_RACE when the entry has
+ * gone or is another's. */
+static __always_inline int ct_keep(__u32 slot, const struct ct_key *key, struct ct_entry *entry, __u64 word)
+{
+	__u64 current;
+
+	for (int i = 0; i < CT_KEEP_TRIES; i++) {
+		current = READ_ONCE(entry->word);
+		if (current >> 32 != word >> 32 || CT_FLAGS(current) & CT_F_DEAD)
+			return DROP_CT_RACE;
+		if (!(CT_FLAGS(current) & CT_F_DYING))
+			return DROP_NONE;
+		if (cas(&entry->word, current, current & ~CT_WORD_FLAG(CT_F_DYING))) {
+			mark_dirty(slot, key);
+			return DROP_NONE;
+		}
+	}
+	return DROP_CT_RACE;
+}
+
 /*
  * Counts a packet on a live entry and refreshes it. Expiry sets DYING and then looks at `seen` again; this sets `seen`
  * and then looks for DYING (the fetching add in between is a full barrier), so one of the two sees the other.
@@ -91,22 +113,13 @@ static __always_inline int ct_touch(__u32 slot, const struct ct_key *key, struct
 {
 	__u64 *packets = direction ? &entry->packets[1] : &entry->packets[0];
 	__u64 *bytes = direction ? &entry->bytes[1] : &entry->bytes[0];
-	__u64 current;
 
 	if (READ_ONCE(entry->seen) < now)
 		WRITE_ONCE(entry->seen, now);
 	__sync_fetch_and_add(bytes, pkt->wire_bytes);
 	if (__sync_fetch_and_add(packets, pkt->wire_packets) == ~0ull)
 		return DROP_CT_RACE; /* never; keeps the add a fetching one */
-	current = READ_ONCE(entry->word);
-	if (current >> 32 != word >> 32 || CT_FLAGS(current) & CT_F_DEAD)
-		return DROP_CT_RACE;
-	if (!(CT_FLAGS(current) & CT_F_DYING))
-		return DROP_NONE;
-	if (!cas(&entry->word, current, current & ~CT_WORD_FLAG(CT_F_DYING)))
-		return DROP_CT_RACE;
-	mark_dirty(slot, key);
-	return DROP_NONE;
+	return ct_keep(slot, key, entry, word);
 }
 
 /* State and flags, as CT_WORD without id, of the connection that this packet begins; 0 when it cannot begin one. */

@@ -91,8 +91,10 @@ static __always_inline void sweep_mark(struct sweep *sweep, const struct ct_key 
 
 	if (!cas(&entry->word, word, dying))
 		return;
-	if (sweep_is_old(sweep, key, entry, word) || !cas(&entry->word, dying, word))
+	if (sweep_is_old(sweep, key, entry, word))
 		sweep->marked++;
+	else
+		cas(&entry->word, dying, word); /* or the packet itself has revived it */
 	sweep_change(sweep, key);
 }
 
