@@ -48,12 +48,14 @@ def host(request: pytest.FixtureRequest, switches: Callable[[str], Host]) -> Ite
 
 
 def _emptied(host: Host) -> None:
-    """A test may have stopped or destroyed the driver, or failed between."""
+    """A test may have stopped or destroyed the driver, or failed between. Nothing of its ports may be left."""
     try:
         host.driver.networks()
     except NotReady:
         host.take_over()
     host.empty()
+    left = {sort: names for sort, names in host.driver.remains().items() if names}
+    assert left == {}, f"left after all ports were purged: {left}"
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ class ColumnTable(KindTable):
         self._key = np.dtype([(name, kind.columns[name].dtype) for name in kind.key])
         counted = [name for name, column in kind.columns.items() if column.accounting]
         self._counted = np.dtype([(name, kind.columns[name].dtype) for name in counted])
+        self._identity = np.dtype([("id", kind.columns["id"].dtype)] if "id" in kind.columns else [])
         self._rows: dict[bytes, bytes] = {}
         self._carried: dict[bytes, bytes] = {}
         self.ended: dict[bytes, bytes] = {}
@@ -82,7 +83,7 @@ class ColumnTable(KindTable):
             self._mark(keys)
             return Loaded(len(keys))
         if table.op is Op.ACCOUNT:
-            self._account(keys, _packed(columns, self._counted))
+            self._account(keys, _packed(columns, self._counted), _packed(columns, self._identity))
             return Loaded(len(keys))
         return self._load(keys, columns, table.port_time_ns)
 
@@ -104,9 +105,20 @@ class ColumnTable(KindTable):
         self._mark(keys)
         return Loaded(len(keys), (("full", rejected),) if rejected else ())
 
-    def _account(self, keys: list[bytes], carried: list[bytes]) -> None:
-        for key, value in zip(keys, carried, strict=True):
-            (self._carried if key in self._rows else self.ended)[key] = value
+    def _account(self, keys: list[bytes], carried: list[bytes], ids: list[bytes]) -> None:
+        """What was counted belongs to a connection, not to its key: another one may have the key by now."""
+        for key, value, identity in zip(keys, carried, ids, strict=True):
+            row = self._rows.get(key)
+            if row is not None and self._id_of(row) == identity:
+                self._carried[key] = value
+            else:
+                self.ended[key + identity] = value
+
+    def _id_of(self, row: bytes) -> bytes:
+        if not self._identity.names:
+            return b""
+        start = int(self._row.fields["id"][1]) if self._row.fields else 0
+        return row[start : start + self._identity.itemsize]
 
     def dump(self) -> Iterator[Table]:
         keys = list(self._rows)
