@@ -25,7 +25,9 @@ def trace(context: Context, word: str, count: int | None, dropped: bool) -> None
     """Print each frame of a port (or of all of a VM's) on this host, with its verdict and the reason."""
     vm, mac = _target(context, word.lower())
     events = context.agent.Trace(pb.TraceRequest(vm=vm, mac=mac), timeout=None)
+    since_boot = time.time() - time.monotonic()  # the switch gives times of CLOCK_MONOTONIC
     for number, event in enumerate((e for e in events if not dropped or e.verdict == "drop"), 1):
+        event.time += since_boot
         if context.json:
             print_json(plain(event), lines=True)
         else:

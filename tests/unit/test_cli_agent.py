@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import structlog
 
+from migrator._pb import migrator_pb2 as pb
 from migrator.cli.context import Context
 from migrator.cli.main import cli, run
+from migrator.cli.trace import line
 from tests.unit.pair import MACS, VM, World, eventually, world
 
 
@@ -146,14 +149,17 @@ def test_frames_are_traced(play) -> None:
             + b"\x88\xb5"
             + bytes(46)
         )
-        tracing = asyncio.create_task(shell("trace", MACS[0], "--count", "1"))
+        tracing = asyncio.create_task(shell("trace", MACS[0], "--count", "1", "--json"))
         ref = next(ref for ref in w.active("a") if ref.mac == MACS[0])
         await eventually(lambda: bool(w.agents["a"].traces._lookers))
         while not tracing.done():
             w.driver("a").inject(ref, [frame], judged=False)
             await asyncio.sleep(0.02)
-        line = await tracing
-        assert MACS[0] in line and "from" in line
+        record = json.loads(await tracing)
+        assert (record["mac"], record["direction"]) == (MACS[0], "from")
+        assert abs(record["time"] - time.time()) < 60
+        shown = line(pb.TraceEvent(**(record | {"frame": frame[12:]})))
+        assert f"{MACS[0]} from pass" in shown and "ff:ff:ff:ff:ff:ff, ethertype 0x88b5" in shown
 
     play(scenario)
 
