@@ -310,14 +310,19 @@ class Agent:
         limit = self.config.migration.redirect_idle_s
         while True:
             await asyncio.sleep(min(REDIRECT_POLL_S, max(limit / 4, 0.05)))
-            for end in self.ends:
-                if isinstance(end, SourceEnd) and end.state.phase is leaving.Phase.STUB:
-                    idle = await end.call(end.ports.redirect_idle_s)
-                    if idle >= limit:
-                        for epoch in sorted({ref.epoch for ref in end.refs}):
-                            news = pb.RedirectIdle(vm=end.vm, epoch=epoch, idle_s=idle)
-                            self._tell(pb.FromAgent(redirect_idle=news))
-            await self._gauges()
+            try:
+                for end in self.ends:
+                    if isinstance(end, SourceEnd) and end.state.phase is leaving.Phase.STUB:
+                        await self._redirect(end, limit)
+                await self._gauges()
+            except Error as error:
+                self._log.info("not looked at this time", error=str(error))
+
+    async def _redirect(self, end: SourceEnd, limit: float) -> None:
+        idle = await end.call(end.ports.redirect_idle_s)
+        if idle >= limit:
+            for epoch in sorted({ref.epoch for ref in end.refs}):
+                self._tell(pb.FromAgent(redirect_idle=pb.RedirectIdle(vm=end.vm, epoch=epoch, idle_s=idle)))
 
     async def _gauges(self) -> None:
         metrics.COORDINATOR.set(self.link.connected)

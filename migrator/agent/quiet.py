@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+
+LONGEST_S = 10.0
 
 
 class Quiet:
@@ -12,6 +15,8 @@ class Quiet:
         self._holders: set[str] = set()
 
     def begin(self, name: str) -> None:
+        """Until `end`, or for LONGEST_S. In the event loop's thread."""
+        asyncio.get_running_loop().call_later(LONGEST_S, self.end, name)
         if not self._holders:
             gc.disable()
         self._holders.add(name)

@@ -26,6 +26,7 @@ from migrator.lifecycle.source_words import Phase
 
 ETHERNET = 14
 POLL_S = 0.0002
+MEMORY_POLL_S = 0.005
 LEASED = frozenset({Phase.HOLDING, Phase.SUSPENDING, Phase.DRAINING, Phase.DRAINED, *words.UNSURE, *words.LEFT})
 
 
@@ -272,8 +273,13 @@ class SourceEnd(End):
 
     async def _watch_memory(self) -> None:
         began = time.monotonic()
-        while not (await self.guests.remaining(self.vm)).converged:
-            await asyncio.sleep(0.005)
+        try:
+            while not (await self.guests.remaining(self.vm)).converged:
+                await asyncio.sleep(MEMORY_POLL_S)
+        except GuestFailed:
+            if self.state.phase is Phase.WATCHING:
+                raise
+            return  # it stopped by itself meanwhile
         self.report.lasted("memory_wait", began)
         self.post(words.GuestFits())
 
@@ -319,6 +325,8 @@ class SourceEnd(End):
         try:
             await self.guests.suspend(self.vm)
         except GuestFailed:
+            if self.state.phase is not Phase.SUSPENDING:
+                return  # it stopped by itself meanwhile
             if self.guests.state(self.vm) is not Guest.PAUSED:
                 raise
             self.post(words.GuestPaused(moving=True))  # it had been stopped before, and is moved so
