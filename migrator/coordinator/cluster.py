@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import structlog
@@ -237,12 +238,13 @@ class Cluster:
 
     def hosts(self) -> pb.HostList:
         listed = pb.HostList()
+        ports = Counter(port.host for port in self.store.catalog.ports.values())
         for name, known in sorted(self.store.catalog.hosts.items()):
             host = listed.hosts.add()
             host.CopyFrom(known)
             session = self.roster.get(name)
             host.connected = session is not None
             host.place_revision = session.place_revision if session else 0
-            host.ports = sum(port.host == name for port in self.store.catalog.ports.values())
+            host.ports = ports[name]
             host.last_seen_s = self.roster.last_seen.get(name, 0.0)
         return listed

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from migrator.agent.config import AgentConfig, AgentSection, MigrationSection, read_config
 from migrator.coordinator.settings import Deadlines, Settings, load
@@ -55,3 +56,14 @@ def test_options_replace_the_file(tmp_path: Path) -> None:
     path.write_text("[coordinator]\nlisten = 'a:1'\nmetrics_port = 5\n")
     settings = load(path, listen=["b:2"], metrics_port=None)
     assert (settings.listen, settings.metrics_port) == (["b:2"], 5)
+
+
+def test_every_metric_is_named_and_no_other() -> None:
+    import migrator.agent.metrics
+    import migrator.coordinator.cluster  # noqa: F401
+
+    kinds = {"counter": "_total"}
+    found = {
+        family.name + kinds.get(family.type, "") for family in REGISTRY.collect() if family.name.startswith("migrator_")
+    }
+    assert set(re.findall(r"`(migrator_[a-z_]+)", TEXT)) == found
