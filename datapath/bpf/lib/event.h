@@ -6,6 +6,7 @@
 #pragma once
 
 #include <linux/bpf.h>
+#include <linux/if_ether.h>
 #include <bpf/bpf_helpers.h>
 
 #include "maps.h"
@@ -35,7 +36,7 @@ __noinline int event_send(struct __sk_buff *skb, __u32 slot, __u32 what, __u32 r
 	__builtin_memset(event->data, 0, sizeof(event->data));
 	if (captured > EVENT_BYTES)
 		captured = EVENT_BYTES;
-	if (captured < 1 || bpf_skb_load_bytes(skb, 0, event->data, captured))
+	if (captured < ETH_HLEN || bpf_skb_load_bytes(skb, 0, event->data, captured))
 		captured = 0;
 	event->captured = captured;
 	bpf_ringbuf_submit(event, 0);
