@@ -50,7 +50,7 @@ class NetworkKind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Network:
-    """A separate L2 domain. `uplink` names this host's interface; `vlan` 0 is untagged; `vni` for overlays."""
+    """A separate L2 domain. `uplink`: a device here, "" its first, `vlan` 0: untagged, `vni`: of an overlay."""
 
     name: str
     kind: NetworkKind

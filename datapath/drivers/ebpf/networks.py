@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -68,6 +69,8 @@ class Networks:
 
     def set(self, network: Network) -> None:
         """Make or change a network. Raises UnsupportedKind saying why it cannot be carried; then nothing changed."""
+        if network.kind is NetworkKind.UPLINK and not network.uplink:
+            network = replace(network, uplink=self._uplinks.first())
         with self._lock:
             self._check(network)
             index = next((i for i, known in self._known.items() if known.name == network.name), None)

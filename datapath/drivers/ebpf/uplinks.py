@@ -21,6 +21,10 @@ class Uplinks:
         self._kernel, self._attachments, self.names = kernel, attachments, tuple(names)
         self._attached: dict[str, int] = {}
 
+    def first(self) -> str:
+        """The one that a network takes which names none; "" when there is none."""
+        return self.names[0] if self.names else ""
+
     def check(self, name: str) -> None:
         """Raises UnsupportedKind when the interface is not there or not to be used."""
         if name not in self.names:
