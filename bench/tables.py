@@ -1,7 +1,7 @@
 """Checkpoint and restore of a VM's connections, end to end: kernel map to snapshot bytes and back.
 
-Beside them, in turns, `conntrack -L -o save` and `conntrack -R` of as many connections in nf_conntrack of a namespace of
-its own: what a user would otherwise use. Each workload is counted before its time is used.
+Beside them, in turns, `conntrack -L -o save` and `conntrack -R` of as many connections in nf_conntrack of a namespace
+of its own: what a user would otherwise use. Each workload is counted before its time is used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from migrator.snapshot import SnapshotReader
 from tests.contract.hosts import Host, ebpf_host
 
 HOUR_NS = 3_600_000_000_000
+Result = TypeVar("Result")
 
 
 def measure(*, quick: bool) -> Figures:
@@ -114,10 +116,15 @@ def _peer_count(space: str) -> int:
 # ---- measurements ----
 
 
-def _timed(work: Callable[[], object]) -> float:
+def _timed(work: Callable[..., Result], *arguments: object) -> tuple[float, Result]:
+    """Seconds, and what the work returned."""
     began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    result = work(*arguments)
+    return time.perf_counter() - began, result
+
+
+def _snapshot(host: Host, ref: PortRef, codec: str) -> bytes:
+    return b"".join(checkpoint(host.driver, [ref], "bench", codec=codec))
 
 
 def _restored(host: Host, data: bytes, ref: PortRef) -> int:
@@ -134,20 +141,19 @@ def _one_size(figures: Figures, count: int, rounds: int) -> None:
     with ebpf_host() as host, nf_conntrack(count) as (space, text):
         ref = staged(host, count, 1)
         for number in range(rounds):
-            chunks: list[bytes] = []
-            ours_out.append(_timed(lambda: chunks.extend(checkpoint(host.driver, [ref], "bench", codec="none"))))
-            data = b"".join(chunks)
+            seconds, data = _timed(_snapshot, host, ref, "none")
+            ours_out.append(seconds)
             target = host.stage(2 + number, mac="02:00:00:00:00:02", connections_max=max(2 * count, 65_536))
-            got: list[int] = []
-            ours_in.append(_timed(lambda: got.append(_restored(host, data, target))))
-            assert got == [count], f"restored {got} of {count}"
+            seconds, loaded = _timed(_restored, host, data, target)
+            assert loaded == count, f"restored {loaded} of {count}"
+            ours_in.append(seconds)
             host.driver.purge(target)
             _peer(space, "-F")
             peer_in.append(_peer(space, "-R", str(text)))
             assert _peer_count(space) == count, f"nf_conntrack holds {_peer_count(space)} of {count}"
             peer_out.append(_peer(space, "-L", "-o", "save"))
-        sizes["raw"] = len(data)
-        sizes["compressed"] = sum(map(len, checkpoint(host.driver, [ref], "bench")))
+            sizes["raw"] = len(data)
+        sizes["compressed"] = len(_snapshot(host, ref, "zstd"))
     _report(figures, count, ours_out, ours_in, peer_out, peer_in, sizes)
 
 
@@ -179,11 +185,12 @@ def _among_others(figures: Figures, others: int, rounds: int) -> None:
     with ebpf_host() as host:
         ref = staged(host, 1_000, 1)
 
-        def once() -> None:
-            assert sum(map(len, checkpoint(host.driver, [ref], "bench", codec="none"))) > 1_000
+        def times() -> list[float]:
+            taken = [_timed(_snapshot, host, ref, "none") for _ in range(rounds + 1)][1:]
+            assert all(len(data) > 64 * 1_000 for _, data in taken)
+            return [1e3 * seconds for seconds, _ in taken]
 
-        once()
-        alone = figures.add("checkpoint of 1,000, empty host", "ms", [1e3 * _timed(once) for _ in range(rounds)])
+        alone = figures.add("checkpoint of 1,000, empty host", "ms", times())
         staged(host, others, 1, last=2)
-        beside = figures.add(f"checkpoint of 1,000 beside {others:,}", "ms", [1e3 * _timed(once) for _ in range(rounds)])
+        beside = figures.add(f"checkpoint of 1,000 beside {others:,}", "ms", times())
     figures.ratio("beside others / alone", beside, alone, "<1.2")
