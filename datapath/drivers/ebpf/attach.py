@@ -85,6 +85,15 @@ class TcxAttachments(Attachments):
 
     def __init__(self, links: Path) -> None:
         self._links = links
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Pins of links whose device went while nobody looked are of no use."""
+        for pin in self._links.iterdir():
+            with _pinned(pin) as link:
+                gone = link is not None and not syscall.link_info(link).ifindex
+            if gone:
+                pin.unlink(missing_ok=True)
 
     def attach(self, ifindex: int, direction: Direction, program: int) -> None:
         pin = self._pin(ifindex, direction)

@@ -40,6 +40,12 @@ class PathProbe:
         self._own, self._port, self._channels = own_address, port, channels
         self._waiting: dict[int, threading.Event] = {}
         self._lock = threading.Lock()
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Answers that an earlier run waited for when it died come to nobody."""
+        keys, records = self._channels.read()
+        self._channels.delete_many(keys[records["slot"] == 0])
 
     def ask(self, channel: int, address: str, size: int, timeout_s: float) -> bool:
         """True when a frame of `size` bytes went to `address` and one as large came back in time. Raises NotReady."""
