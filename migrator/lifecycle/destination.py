@@ -62,6 +62,7 @@ class State:
     committing: bool = False
     asked: bool = False  # an answer is owed when the commit is decided
     degraded: bool = False
+    returned: bool = False  # the source came back to settle before the ports were open
 
 
 Step = tuple[State, tuple[Action, ...]]
@@ -89,6 +90,8 @@ def _begun(state: State, _: Begun) -> Step:
         return replace(state, phase=Phase.LOADING), (SendReady(),)
     if state.phase in {Phase.OPEN, Phase.SETTLED}:
         return state, (SendReady(),)  # the source comes back to settle
+    if state.phase is Phase.OPENING:
+        return replace(state, returned=True), ()
     return state, (SendFailed(f"the destination is {state.phase}"),)
 
 
@@ -116,7 +119,9 @@ def _commit_done(state: State, _: CommitDone) -> Step:
 def _opened(state: State, _: Opened) -> Step:
     if state.phase is not Phase.OPENING:
         return state, ()
-    return replace(state, phase=Phase.OPEN), (SendOpened(), Tell("degraded" if state.degraded else "opened"))
+    ready = (SendReady(),) if state.returned else ()
+    tell = Tell("degraded" if state.degraded else "opened")
+    return replace(state, phase=Phase.OPEN, returned=False), (SendOpened(), *ready, tell)
 
 
 def _redirecting(state: State, _: Redirecting) -> Step:
