@@ -18,8 +18,8 @@
 #define SLOTS_DEFAULT    1024 /* resized before load */
 #define NETWORKS_DEFAULT 4096
 #define HOSTS_DEFAULT    4096
-#define FLOOD_MEMBERS    1024 /* members of one network on one host */
-#define HOLD_FRAMES 16383 /* that wait in one hold tap at most: its queue (txqueuelen 16384) never overflows */
+#define FLOOD_MEMBERS    1024  /* members of one network on one host */
+#define HOLD_FRAMES      16383 /* that wait in one hold tap at most: its queue (txqueuelen 16384) never overflows */
 
 /* ---- ports -------------------------------------------------------------------------------------------------- */
 
@@ -39,8 +39,8 @@ enum port_flag {
 	PORT_F_UNSETTLED = 1 << 4, /* accounting of the source not yet assigned: expiry may mark but not delete */
 	PORT_F_OVERFLOW =
 	    1 << 5, /* a dirty key could not be recorded: dump again (set by programs, cleared by the agent) */
-	PORT_F_NO_BROADCAST = 1 << 6, /* just opened: broadcast still comes through the source */
-	PORT_F_TRUNK = 1 << 7,        /* frames with a tag belong to the network of `trunks` */
+	PORT_F_NO_BROADCAST = 1 << 6,  /* just opened: broadcast still comes through the source */
+	PORT_F_TRUNK = 1 << 7,         /* frames with a tag belong to the network of `trunks` */
 	PORT_F_AWAITS_SOURCE = 1 << 8, /* moved here: what the source held goes first, what comes by itself waits */
 };
 
@@ -418,15 +418,15 @@ struct ct_batch { /* ct_read, ct_settle: the first `count` elements of `exchange
 
 struct ct_sweep { /* ct_expire, ct_early_drop, ct_flush */
 	__u32 slot;
-	__u32 limit;	     /* ct_early_drop: connections to give up at most */
-	__u64 now;	     /* ct_expire: port time, 0 the current one */
+	__u32 limit;         /* ct_early_drop: connections to give up at most */
+	__u64 now;           /* ct_expire: port time, 0 the current one */
 	struct ct_key match; /* ct_flush: what is not zero must be equal; type is always compared */
-	__u64 visited;	     /* out, all that follow */
+	__u64 visited;       /* out, all that follow */
 	__u64 live;
 	__u64 marked;  /* expired now, deleted by a later sweep */
 	__u64 revived; /* were marked, and a packet came */
 	__u64 deleted;
-	__u64 fragments;	/* live fragment records */
+	__u64 fragments;         /* live fragment records */
 	__u64 states[CT_STATES]; /* live connections by enum ct_state */
 };
 
