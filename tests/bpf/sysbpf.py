@@ -11,7 +11,7 @@ from pathlib import Path
 
 _SYS_BPF = 321
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 0, 1, 2, 3, 4
-_PROG_TEST_RUN, _OBJ_INFO, _MAP_UPDATE_BATCH, _LINK_CREATE = 10, 15, 26, 28
+_PROG_TEST_RUN, _OBJ_INFO, _BTF_GET_FD_BY_ID, _MAP_UPDATE_BATCH, _LINK_CREATE = 10, 15, 19, 26, 28
 HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY, LPM_TRIE, ARRAY_OF_MAPS, HASH_OF_MAPS = 1, 2, 5, 6, 11, 12, 13
 TCX_INGRESS, TCX_EGRESS = 46, 47
 
@@ -46,9 +46,7 @@ class Map:
 
     @classmethod
     def from_fd(cls, name: str, fd: int) -> Map:
-        info = ctypes.create_string_buffer(88)
-        bpf(_OBJ_INFO, struct.pack("=IIQ", fd, 88, ctypes.addressof(info)))
-        kind, _, key_size, value_size, max_entries, flags = struct.unpack_from("=6I", info.raw)
+        kind, _, key_size, value_size, max_entries, flags = struct.unpack_from("=6I", _map_info(fd))
         return cls(name, fd, kind, key_size, value_size, max_entries, flags)
 
     def _element(self, command: int, key: bytes, value: object, flags: int = 0) -> None:
@@ -105,10 +103,23 @@ class Map:
         bpf(_MAP_UPDATE_BATCH, struct.pack("=QQQQIIQQ", 0, 0, *addresses, self.max_entries, self.fd, 0, 0))
 
     def like(self, name: str, max_entries: int = 0) -> Map:
-        """A new map with this one's attributes, to be put into a map of maps. The caller closes its descriptor."""
+        """A new map with this one's attributes and types, to be put into a map of maps. The caller closes it."""
         size = max_entries or self.max_entries
         attributes = struct.pack("=6I", self.kind, self.key_size, self.value_size, size, self.flags, 0)
-        return Map.from_fd(name, bpf(_MAP_CREATE, attributes)[0])
+        btf_id, *types = struct.unpack_from("=3I", _map_info(self.fd), 64)
+        types_fd = bpf(_BTF_GET_FD_BY_ID, struct.pack("=I", btf_id))[0]
+        try:
+            made, _ = bpf(_MAP_CREATE, attributes + struct.pack("=24x3I", types_fd, *types))
+        finally:
+            os.close(types_fd)
+        return Map.from_fd(name, made)
+
+
+def _map_info(fd: int) -> bytes:
+    """struct bpf_map_info."""
+    info = ctypes.create_string_buffer(88)
+    bpf(_OBJ_INFO, struct.pack("=IIQ", fd, 88, ctypes.addressof(info)))
+    return info.raw
 
 
 def _possible_cpus() -> int:

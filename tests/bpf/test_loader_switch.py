@@ -75,6 +75,19 @@ def test_a_restart_finds_what_was_there(pins: Pins, small: Path) -> None:
     second.close()
 
 
+def test_inner_tables_have_the_types_of_their_template(pins: Pins, small: Path) -> None:
+    """Linux 6.1 takes none without, whoever loaded the programs."""
+    for _ in ("loaded", "taken over"):
+        switch = loader.load(pins, path=small)
+        with switch.outer("conntracks") as conntracks, conntracks.new(4096) as table, switch.table("l2") as l2:
+            assert table.info.btf_id == l2.info.btf_id != 0
+            inner = switch.template("conntracks").types
+            assert inner == syscall.MapTypes(l2.info.btf_id, table.info.btf_key_type_id, table.info.btf_value_type_id)
+            names = [switch.types.types[type_].name for type_ in (inner.key, inner.value)]
+            assert names == ["ct_key", "ct_entry"]
+        switch.close()
+
+
 def test_programs_of_the_same_object_are_taken_over(pins: Pins, small: Path, tmp_path: Path) -> None:
     first = loader.load(pins, path=small)
     second = loader.load(pins, path=small)

@@ -86,7 +86,8 @@ class Switch:
         if inner is None:
             raise FeatureMissing(f"map {name} holds no maps")
         key, value = self._dtype(inner.key_type), self._dtype(inner.value_type)
-        return Template(inner.type, key, value, inner.entries, inner.flags)
+        types = syscall.MapTypes(self._btf_id(), inner.key_type, inner.value_type)
+        return Template(inner.type, key, value, inner.entries, inner.flags, types)
 
     def map_fd(self, name: str) -> int:
         """The switch's own descriptor, for epoll and for BPF_PROG_RUN."""
@@ -126,6 +127,10 @@ class Switch:
             os.close(fd)
         self._maps.clear()
         self._programs.clear()
+
+    def _btf_id(self) -> int:
+        """The object's types as the kernel has them; they live as long as its programs."""
+        return syscall.prog_info(next(iter(self._programs.values()))).btf_id
 
     def _map(self, name: str) -> libbpf.Declared:
         if name not in self._declared:

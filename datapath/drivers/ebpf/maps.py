@@ -45,13 +45,17 @@ def possible_cpus() -> int:
 
 @dataclass(frozen=True)
 class Template:
-    """How an inner map is made: as the object declares it. `entries` may differ for a hash."""
+    """How an inner map is made: as the object declares it. `entries` may differ for a hash.
+
+    `types` are those of the outer map's own template: Linux 6.1 takes no inner map without (EINVAL), later ones do.
+    """
 
     type: int
     key: np.dtype[Any]
     value: np.dtype[Any]
     entries: int
     flags: int
+    types: syscall.MapTypes | None = None
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,18 @@ class Table(Handle):
 
     @classmethod
     def make(
-        cls, key: DTypeLike, value: DTypeLike, entries: int, *, flags: int = F_NO_PREALLOC, type_: int = MapType.HASH
+        cls,
+        key: DTypeLike,
+        value: DTypeLike,
+        entries: int,
+        *,
+        flags: int = F_NO_PREALLOC,
+        type_: int = MapType.HASH,
+        types: syscall.MapTypes | None = None,
     ) -> Self:
         """A new, unpinned map."""
         sizes = np.dtype(key).itemsize, np.dtype(value).itemsize
-        return cls(syscall.map_create(type_, *sizes, entries, flags=flags), key, value)
+        return cls(syscall.map_create(type_, *sizes, entries, flags=flags, types=types), key, value)
 
     @classmethod
     def open(cls, path: Path, key: DTypeLike, value: DTypeLike) -> Self:
@@ -265,7 +276,9 @@ class Outer(Table):
     def new(self, entries: int | None = None) -> Table:
         """An inner table that is in no map yet: fill it, then `put` it."""
         made = self.template
-        return Table.make(made.key, made.value, entries or made.entries, flags=made.flags, type_=made.type)
+        return Table.make(
+            made.key, made.value, entries or made.entries, flags=made.flags, type_=made.type, types=made.types
+        )
 
     def put(self, index: int, table: Table) -> None:
         self.set(index, table.fd)

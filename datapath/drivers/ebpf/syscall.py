@@ -65,6 +65,7 @@ class ProgInfo:
     id: int
     name: str
     jited: bool
+    btf_id: int  # of the object's types; 0 none
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,36 @@ def _call(command: Command, attr: Attr, what: str) -> int:
 # ---- maps ----
 
 
+@dataclass(frozen=True)
+class MapTypes:
+    """What a map says of its layouts: id of loaded BTF, and the types in it."""
+
+    btf_id: int
+    key: int
+    value: int
+
+
 def map_create(
-    type_: int, key_size: int, value_size: int, max_entries: int, *, flags: int = 0, name: str = "", inner_fd: int = 0
+    type_: int,
+    key_size: int,
+    value_size: int,
+    max_entries: int,
+    *,
+    flags: int = 0,
+    name: str = "",
+    inner_fd: int = 0,
+    types: MapTypes | None = None,
 ) -> int:
     """Make a map; sizes in bytes. Returns a descriptor."""
     attr = MapCreateAttr(type_, key_size, value_size, max_entries, flags, inner_fd, 0, name.encode()[: NAME_LENGTH - 1])
-    return _call(Command.MAP_CREATE, attr, f"{name or MapType(type_).name} of {max_entries}")
+    what = f"{name or MapType(type_).name} of {max_entries}"
+    if types is None:
+        return _call(Command.MAP_CREATE, attr, what)
+    attr.btf_fd, attr.btf_key_type_id, attr.btf_value_type_id = _btf_by_id(types.btf_id), types.key, types.value
+    try:
+        return _call(Command.MAP_CREATE, attr, what)
+    finally:
+        os.close(attr.btf_fd)
 
 
 def map_lookup(fd: int, key: int, value: int, what: str = "") -> bool:
@@ -226,7 +251,7 @@ def map_info(fd: int) -> MapInfo:
 def prog_info(fd: int) -> ProgInfo:
     raw = ProgInfoRaw()
     _info(fd, raw)
-    return ProgInfo(raw.type, raw.id, raw.name.decode(), raw.jited_prog_len != 0)
+    return ProgInfo(raw.type, raw.id, raw.name.decode(), raw.jited_prog_len != 0, raw.btf_id)
 
 
 def link_info(fd: int) -> LinkInfo:
@@ -243,7 +268,7 @@ def btf_load(data: bytes) -> int:
 
 def btf_data(id_: int) -> bytes:
     """Raw BTF of that id, as `btf.parse` takes it."""
-    fd = _call(Command.BTF_GET_FD_BY_ID, ByIdAttr(id_, 0, 0), f"{id_}")
+    fd = _btf_by_id(id_)
     try:
         size = BtfInfoRaw()
         _info(fd, size)
@@ -252,6 +277,10 @@ def btf_data(id_: int) -> bytes:
         return data.raw
     finally:
         os.close(fd)
+
+
+def _btf_by_id(id_: int) -> int:
+    return _call(Command.BTF_GET_FD_BY_ID, ByIdAttr(id_, 0, 0), f"{id_}")
 
 
 # ---- programs and links ----
