@@ -43,10 +43,18 @@ class Move:
     rounds: int
     switchover_ms: float  # guest stopped -> first frame judged and delivered at the destination
     snapshot_bytes: int
+    parts_ms: dict[str, float] = field(default_factory=dict)  # of the switchover
+    times_ms: dict[str, float] = field(default_factory=dict)  # all that the agents measured
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Rates:
+    """Checkpoint and restore of the whole VM through its agent: dump or load, digests, compression and RPC."""
+
+    entries: int
     checkpoint_entries_per_s: float
     restore_entries_per_s: float
-    times_ms: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
 
 
 def main(
@@ -59,21 +67,22 @@ def main(
     with Cluster(("h1", "h2"), [network], migration_options={"redirect_idle_s": 1.0}) as cluster:
         cluster.apply(policies=[POLICY])
         console.print("moving without state …")
-        without, bare = _run(cluster, 1, ["h2"], connections, entries, without_state=True)
+        without, bare, _ = _run(cluster, 1, ["h2"], connections, entries, without_state=True)
         console.print("moving with state, there and back …")
-        with_state, full = _run(cluster, 2, ["h2", "h1"], connections, entries, without_state=False)
+        with_state, full, rates = _run(cluster, 2, ["h2", "h1"], connections, entries, without_state=False)
     if plot:
         picture.write(plot, [bare, full])
     if json:
-        print(formats.dumps({"without_state": asdict(without[0]), "with_state": [asdict(move) for move in with_state]}))
+        moves = {"without_state": asdict(without[0]), "with_state": [asdict(move) for move in with_state]}
+        print(formats.dumps({**moves, "rates": asdict(rates)}))
     else:
-        outcome.show(console, without[0], with_state)
+        outcome.show(console, without[0], with_state, rates)
     return 0 if outcome.convincing(without[0], with_state) else 1
 
 
 def _run(
     cluster: Cluster, number: int, route: list[str], connections: int, entries: int, *, without_state: bool
-) -> tuple[list[Move], picture.Panel]:
+) -> tuple[list[Move], picture.Panel, Rates]:
     """One VM along a route."""
     with cluster.scope():
         scene = Scene(cluster, connections, entries)
@@ -86,50 +95,58 @@ def _run(
             stops.append(scene.vm.order("status")["times"]["stopped"] - begin)
             scene.watch(LEAD_S)
         panel = _panel(scene, begin, stops, route, without_state=without_state)
+        rates = _rates(scene, route[-1])
         cluster.withdraw(scene.vm)
-    return moves, panel
+    return moves, panel, rates
 
 
 def _move(scene: Scene, destination: str, *, without_state: bool) -> Move:
     source = scene.vm.place()
-    before = scene.probe_counts()
+    before, verified = scene.probe_counts(), scene.verified()
     report, times = scene.move(destination, without_state=without_state)
     checked = scene.check(LOST_AFTER_S)
     after = scene.probe_counts()
-    size, checkpoint_s = scene.checkpoint(destination)
-    moved = sum(report.moved.values())
     return Move(
         source,
         destination,
         report.outcome,
-        checked["total"],
-        checked["lost"],
-        checked["bytes"],
-        after["sent"] - before["sent"],
-        after["lost"] - before["lost"],
-        after["doubled"] - before["doubled"],
-        moved,
-        report.rounds,
-        (times.get("first_frame", 0.0) - times["stopped"]) * 1e3,
-        size,
-        scene.tracked(destination) / checkpoint_s,
-        _restore_rate(report),
-        _parts(report, times),
-        list(report.warnings),
+        connections_total=checked["total"],
+        connections_lost=checked["lost"],
+        bytes_verified=checked["bytes"] - verified,
+        probes_sent=after["sent"] - before["sent"],
+        probes_lost=after["lost"] - before["lost"],
+        frames_duplicated=after["doubled"] - before["doubled"],
+        entries_moved=report.moved.get("conntrack", 0),
+        rounds=report.rounds,
+        switchover_ms=round((times["first_frame"] - times["stopped"]) * 1e3, 3),
+        snapshot_bytes=len(scene.checkpoint(destination)),
+        parts_ms=_parts(report, times),
+        times_ms={name: round(value, 3) for name, value in sorted(report.times_ms.items())},
+        warnings=list(report.warnings),
     )
 
 
 def _parts(report: pb.Migration, times: dict[str, float]) -> dict[str, float]:
-    """The switchover's parts as the agents measured them, and how long the hypervisor itself took to resume."""
-    parts = {name: round(value, 3) for name, value in sorted(report.times_ms.items())}
-    parts["guest stopped"] = round((times["resumed"] - times["stopped"]) * 1e3, 3)
-    return parts
+    """Parts of the switchover. Held begins before the guest stops; drained and committed count from the stop."""
+    agents = report.times_ms
+    parts = {
+        "held": agents.get("hold", 0.0) + agents.get("idle_wait", 0.0),
+        "drained": agents.get("quiesce", 0.0) + agents.get("drain", 0.0),
+        "committed": agents.get("committed", 0.0),
+        "resumed": (times["resumed"] - times["stopped"]) * 1e3,
+        "open": agents.get("open", 0.0),
+    }
+    return {name: round(value, 3) for name, value in parts.items()}
 
 
-def _restore_rate(report: pb.Migration) -> float:
-    """Records that the destination loaded in a second of loading; 0 when it did not say."""
-    loading = report.times_ms.get("load", 0.0)
-    return float(sum(report.moved.values()) / loading * 1e3) if loading else 0.0
+def _rates(scene: Scene, host: str) -> Rates:
+    """Take a snapshot of the VM and put it back in its place: after all else was counted."""
+    entries, began = scene.tracked(host), time.monotonic()
+    snapshot = scene.checkpoint(host)
+    taken = time.monotonic()
+    scene.restore(host, snapshot)
+    restored = time.monotonic()
+    return Rates(entries, round(entries / (taken - began)), round(entries / (restored - taken)))
 
 
 def _panel(scene: Scene, begin: float, stops: list[float], route: list[str], *, without_state: bool) -> picture.Panel:

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from migrator.lab.demo import Move
+    from migrator.lab.demo import Move, Rates
 
 Row = tuple[str, "Callable[[Move], str]"]
 
@@ -23,25 +24,28 @@ ROWS: Sequence[Row] = (
     ("rounds", lambda m: str(m.rounds)),
     ("switchover", lambda m: f"{m.switchover_ms:.1f} ms"),
     ("snapshot", lambda m: f"{m.snapshot_bytes / 1e6:.2f} MB"),
-    ("checkpoint", lambda m: f"{m.checkpoint_entries_per_s / 1e6:.2f} M entries/s"),
-    ("restore", lambda m: f"{m.restore_entries_per_s / 1e6:.2f} M entries/s"),
 )
+PARTS = ("held", "drained", "committed", "resumed", "open")
 
 
-def show(console: Console, without: Move, with_state: Sequence[Move]) -> None:
+def show(console: Console, without: Move, with_state: Sequence[Move], rates: Rates) -> None:
     """Print one column a move."""
     moves = [without, *with_state]
-    table = Table(title="One VM, moved under traffic", title_justify="left")
+    table = Table(title="One VM, moved under traffic", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
     table.add_column(f"without state\n{without.source} → {without.destination}", justify="right")
     for move in with_state:
         table.add_column(f"with state\n{move.source} → {move.destination}", justify="right")
     for name, value in ROWS:
         table.add_row(name, *(value(move) for move in moves))
-    table.add_section()
-    for part in sorted({part for move in with_state for part in move.times_ms}):
-        table.add_row(f"  {part}", *(f"{m.times_ms[part]:.2f} ms" if part in m.times_ms else "" for m in moves))
+        if name == "switchover":
+            for part in PARTS:
+                table.add_row(f"  {part}", *(f"{m.parts_ms[part]:.1f} ms" for m in moves), style="dim")
     console.print(table)
+    console.print(
+        f"{rates.entries:,} entries: checkpoint {rates.checkpoint_entries_per_s:,.0f} a second, "
+        f"restore {rates.restore_entries_per_s:,.0f} a second"
+    )
     for move in moves:
         for warning in move.warnings:
             console.print(f"{move.source} → {move.destination}: {warning}")

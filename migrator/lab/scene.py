@@ -19,6 +19,7 @@ SERVICE, CALLBACK, PROBE = 443, 8443, 9001
 BACKGROUND = (10000, 10100)  # destination ports of the background's flows
 SAMPLE_S = 0.1
 PROBE_MS = 10
+CHUNK = 1 << 20
 
 POLICY = {
     "name": "web",
@@ -153,12 +154,20 @@ class Scene:
         answers = [talker.answer("check", timeout_s + 10) for talker in self.talkers]
         return {key: sum(answer[key] for answer in answers) for key in ("total", "lost", "bytes")}
 
-    def checkpoint(self, host: str) -> tuple[int, float]:
-        """Take a snapshot of the VM where it is: its size in bytes and the seconds it took."""
-        began = time.monotonic()
+    def verified(self) -> int:
+        """Bytes that came back and agreed, so far."""
+        return int(sum(talker.call("status")["bytes"] for talker in self.talkers))
+
+    def checkpoint(self, host: str) -> bytes:
+        """A snapshot of the VM where it is."""
         request = pb.VmRequest(vm=self.vm.uuid)
-        size = sum(len(chunk.data) for chunk in self.cluster.agent_stub(host).Checkpoint(request, timeout=60))
-        return size, time.monotonic() - began
+        return b"".join(c.data for c in self.cluster.agent_stub(host).Checkpoint(request, timeout=60))
+
+    def restore(self, host: str, snapshot: bytes) -> None:
+        """Put a snapshot of the VM in the place of its ports."""
+        parts = [snapshot[n : n + CHUNK] for n in range(0, len(snapshot), CHUNK)]
+        chunks = [pb.RestoreChunk(head=pb.RestoreHead()), *(pb.RestoreChunk(data=part) for part in parts)]
+        self.cluster.agent_stub(host).Restore(iter(chunks), timeout=60)
 
     def probe_counts(self, grace_s: float = 2.0) -> dict[str, int]:
         """Probes sent so far, those without an answer after a while of grace, and answers that came twice."""

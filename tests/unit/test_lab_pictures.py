@@ -8,23 +8,24 @@ from xml.etree import ElementTree
 from rich.console import Console
 
 from migrator.lab import outcome, plot
-from migrator.lab.demo import Move
+from migrator.lab.demo import Move, Rates
 from migrator.lab.workers import frames
+
+RATES = Rates(101_000, 2e6, 7e5)
 
 
 def move(**changes: object) -> Move:
     fields = {
         "source": "h1", "destination": "h2", "outcome": "complete", "connections_total": 1000, "connections_lost": 0,
         "bytes_verified": 1, "probes_sent": 300, "probes_lost": 0, "frames_duplicated": 0, "entries_moved": 101_000,
-        "rounds": 3, "switchover_ms": 31.5, "snapshot_bytes": 2_500_000, "checkpoint_entries_per_s": 2e6,
-        "restore_entries_per_s": 7e5, "times_ms": {"held": 1.0},
+        "rounds": 3, "switchover_ms": 31.5, "snapshot_bytes": 2_500_000, "parts_ms": dict.fromkeys(outcome.PARTS, 1.0),
     }  # fmt: skip
     return Move(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def test_the_table_has_a_column_for_each_move() -> None:
     console = Console(record=True, width=120)
-    outcome.show(console, move(connections_lost=1000), [move(), move(source="h2", destination="h1")])
+    outcome.show(console, move(connections_lost=1000), [move(), move(source="h2", destination="h1")], RATES)
     text = console.export_text()
     assert "1,000 of 1,000" in text
     assert "h2 → h1" in text
