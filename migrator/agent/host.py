@@ -43,7 +43,9 @@ class HostConfig:
         sync = self._store.sync()
         sync.ClearField("ports")
         async with self._lock:
-            await asyncio.to_thread(self._common, sync)
+            problems = await asyncio.to_thread(self._common, sync)
+        for problem in problems:
+            self._log.warning("not as configured", problem=problem)
 
     async def sync(self, sync: pb.Sync) -> list[str]:
         """Make all of it so; returns what could not be, each a sentence."""
@@ -71,8 +73,11 @@ class HostConfig:
             self.note_ended(f"{removal.vm}/{removal.mac}", removal.epoch)  # the VM's other ports live on
 
     async def places(self, update: pb.PlaceUpdate) -> None:
+        """Raises NotReady for places that cannot be set (yet); all others are, and they are tried again when told."""
         async with self._lock:
-            await asyncio.to_thread(self._change_places, update.places, update.removed)
+            problems = await asyncio.to_thread(self._change_places, update.places, update.removed)
+        if problems:
+            raise NotReady("; ".join(problems), hint="a network or host that is not known yet comes with the next Sync")
 
     def note_ended(self, whose: str, epoch: int) -> None:
         """Instances of this epoch, of a VM or of one port (VM/MAC), have ended here: orders for them come too late."""
@@ -107,10 +112,11 @@ class HostConfig:
         self._driver.set_hosts(dict(sync.hosts))
         named = {(place.network, place.mac) for place in sync.places}
         gone_places = [pb.Place(network=n, mac=m) for n, m in self._places if (n, m) not in named]
-        self._change_places(sync.places, gone_places)
-        return problems
+        return problems + self._change_places(sync.places, gone_places)
 
-    def _change_places(self, places: Iterable[pb.Place], removed: Iterable[pb.Place]) -> None:
+    def _change_places(self, places: Iterable[pb.Place], removed: Iterable[pb.Place]) -> list[str]:
+        """What could not be set counts as not told: the next word of it is no repetition."""
+        problems = []
         for place in removed:
             self._places.pop((place.network, place.mac), None)
             self._driver.remove_place(place.network, place.mac)
@@ -118,9 +124,15 @@ class HostConfig:
             key = (place.network, place.mac)
             if self._places.get(key) == place.host:
                 continue
-            self._places[key] = place.host
-            if place.host != self._host:  # what is here the port says, when it opens
-                self._driver.set_place(orders.place(place))
+            try:
+                if place.host != self._host:  # what is here the port says, when it opens
+                    self._driver.set_place(orders.place(place))
+            except Error as error:
+                self._places.pop(key, None)
+                problems.append(f"place {place.network}/{place.mac}: {error}")
+            else:
+                self._places[key] = place.host
+        return problems
 
     async def _try(self, order: pb.PortOrder, present: dict[tuple[str, str], list[PortStatus]]) -> list[str]:
         try:

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from migrator._pb import migrator_pb2 as pb
 from migrator.errors import JournalFailed
 
@@ -22,6 +24,7 @@ class Store:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._ends = directory / "migrations"
+        self._log = structlog.get_logger()
         self._open: dict[str, tuple[int, int]] = {}  # descriptor and length of what was written
         try:
             self._ends.mkdir(parents=True, exist_ok=True)
@@ -39,12 +42,17 @@ class Store:
         self._replace(self._directory / "sync.pb", sync.SerializeToString())
 
     def ends(self) -> list[dict[str, Any]]:
-        """Every end of a migration that was in hand."""
+        """Every end of a migration that was in hand. What cannot be read is put aside as NAME.damaged and left out."""
         found = []
         for path in sorted(self._ends.glob("*.json")):
-            text = path.read_text()
-            self._open[path.stem] = (os.open(path, os.O_WRONLY | os.O_CLOEXEC), len(text))
-            found.append(json.loads(text))
+            data = path.read_bytes()
+            fields = _fields(data)
+            if fields is None:
+                self._log.error("damaged, put aside", file=str(path), bytes=len(data))
+                path.replace(path.with_suffix(".damaged"))
+                continue
+            self._open[path.stem] = (os.open(path, os.O_WRONLY | os.O_CLOEXEC), len(data))
+            found.append(fields)
         return found
 
     def save_end(self, name: str, fields: dict[str, Any]) -> None:
@@ -87,6 +95,15 @@ class Store:
             new.replace(path)
         except OSError as error:
             raise _unwritable(path, error) from error
+
+
+def _fields(data: bytes) -> dict[str, Any] | None:
+    """The end of a migration that these bytes are; None when they are not: a crash of the host may leave anything."""
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return None
+    return fields if isinstance(fields, dict) and fields.keys() >= {"id", "role", "vm", "state", "order"} else None
 
 
 def _unwritable(path: Path, error: OSError) -> JournalFailed:
