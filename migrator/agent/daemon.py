@@ -298,28 +298,42 @@ class Agent:
 
     async def _leases(self) -> None:
         """States that must not outlive the agent are renewed well before they would end."""
+        waiting: set[str] = set()
         while True:
             await asyncio.sleep(self.config.migration.lease_s / 5)
+            # Side by side: a VM whose lane is busy must not cost the others their leases.
             for end in self.ends:
-                try:
-                    await end.renew_lease()
-                except Error as error:
-                    self._log.info("lease not renewed", vm=end.vm, error=str(error))
+                if end.vm not in waiting:
+                    waiting.add(end.vm)
+                    self._go(self._renew(end, waiting))
+
+    async def _renew(self, end: End, waiting: set[str]) -> None:
+        try:
+            for one in self.ends.of(end.vm):
+                await one.renew_lease()
+        except Error as error:
+            self._log.info("lease not renewed", vm=end.vm, error=str(error))
+        finally:
+            waiting.discard(end.vm)
 
     async def _redirects(self) -> None:
         limit = self.config.migration.redirect_idle_s
         while True:
             await asyncio.sleep(min(REDIRECT_POLL_S, max(limit / 4, 0.05)))
+            for end in self.ends:
+                if isinstance(end, SourceEnd) and end.state.phase is leaving.Phase.STUB:
+                    await self._redirect(end, limit)
             try:
-                for end in self.ends:
-                    if isinstance(end, SourceEnd) and end.state.phase is leaving.Phase.STUB:
-                        await self._redirect(end, limit)
                 await self._gauges()
             except Error as error:
-                self._log.info("not looked at this time", error=str(error))
+                self._log.info("ports not counted this time", error=str(error))
 
     async def _redirect(self, end: SourceEnd, limit: float) -> None:
-        idle = await end.call(end.ports.redirect_idle_s)
+        try:
+            idle = await end.call(end.ports.redirect_idle_s)
+        except Error as error:  # costs no other redirect its end
+            self._log.info("redirect not looked at this time", vm=end.vm, error=str(error))
+            return
         if idle >= limit:
             for epoch in sorted({ref.epoch for ref in end.refs}):
                 self._tell(pb.FromAgent(redirect_idle=pb.RedirectIdle(vm=end.vm, epoch=epoch, idle_s=idle)))

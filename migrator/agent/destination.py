@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from datapath.provider import PortRef
-from datapath.state.kind import Op
+from datapath.state.kind import Op, Record
 from migrator import announce
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent import orders
@@ -16,6 +16,7 @@ from migrator.agent.end import End, Surroundings
 from migrator.agent.loading import Arrival
 from migrator.agent.quiet import QUIET
 from migrator.agent.report import Report
+from migrator.agent.switchover import each
 from migrator.errors import Corrupt, MigrationError, PreflightFailed
 from migrator.lifecycle import destination as machine
 from migrator.lifecycle import destination_words as words
@@ -24,6 +25,7 @@ from migrator.lifecycle.machine import Action, Event, Role
 from migrator.snapshot import decode_section
 
 ANNOUNCE_S = (0.0, 0.05, 0.15)  # pauses before each announcement: 0, 50 and 200 ms after the ports have opened
+SOURCE_FIRST_S = 1.0  # as the switch has it
 LEASED = frozenset(Phase) - {Phase.STAGING, Phase.OPENING, Phase.OPEN, *words.OVER}
 
 
@@ -110,12 +112,17 @@ class DestinationEnd(End):
             self._source = None
             self.post(words.PeerLost())
 
+    def load(self, sealed: bytes) -> asyncio.Future[None]:
+        """Begin to load a section, in the order in which they came. Ends with Error when it cannot be."""
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self.around.lane(self.vm), self._load, sealed)
+
     async def receive(self, message: pb.FromSource) -> None:
-        """Apply one message; the next is read when this is done. Raises Error for what cannot be applied."""
+        """Apply a message that is no section; all sections before it are loaded. Raises Error if it cannot be."""
         which = message.WhichOneof("message")
-        if which == "section":
-            await self.call(self._load, message.section)
-        elif which == "round_end":
+        if which in {"round_end", "final"} and self.state.phase in {Phase.OPENING, Phase.OPEN, Phase.SETTLED}:
+            return  # too late, and what came before it was not loaded either
+        if which == "round_end":
             end = message.round_end
             self.arrival.check(end.round, end.records, end.digest)
             self.report.rounds = end.round + 1
@@ -162,7 +169,10 @@ class DestinationEnd(End):
         self._stage_ports()
 
     def _stage_ports(self) -> None:
-        for ref, record in zip(self.refs, self.need.records, strict=True):
+        self._stage_as(self.need.records)
+
+    def _stage_as(self, records: Sequence[Record]) -> None:
+        for ref, record in zip(self.refs, records, strict=True):
             self.driver.stage(ref, record, self.order.devices.get(ref.mac, ""))
             self.driver.set_lease(ref, self.around.settings.lease_s)
             channel = orders.port_channel(self.order.channel, (one.mac for one in self.refs), ref.mac)
@@ -170,8 +180,9 @@ class DestinationEnd(End):
 
     def _stage_again(self) -> None:
         if self.state.phase is Phase.LOADING:
+            present = [self._record(ref) for ref in self.refs]  # the configuration may have changed since
             self._purge_all()
-            self._stage_ports()
+            self._stage_as(present)
             self.arrival.restart()
 
     async def _accept(self, _: words.Accept) -> None:
@@ -215,14 +226,23 @@ class DestinationEnd(End):
         self.report.span("open", "resumed")
         self.post(words.Opened())
         self.beside("announce", self._announce)
+        self.beside("source-first", self._wait_for_source)
+
+    async def _wait_for_source(self) -> None:
+        """What comes by itself waits for what the source held, and no longer: the source may be dead."""
+        await asyncio.sleep(SOURCE_FIRST_S)
+        if self.state.phase in {Phase.OPEN, Phase.SETTLED}:
+            await self.call(self._broadcast_all)
 
     def _open_all(self, degraded: bool) -> None:
-        for ref in self.refs:
+        def open_one(ref: PortRef) -> None:
             if degraded and not self.driver.port(ref).committed:
                 self.driver.commit(ref)
             pumped = self.driver.open(ref, broadcast=degraded and self._source is None)
             self.report.frames["released"] += pumped.passed
             self.report.frames["dropped"] += pumped.dropped
+
+        each(self.refs, open_one)
 
     async def _announce(self) -> None:
         """Say on every wire where the VM is. What is lost of it, the places that the coordinator gives make up for."""
@@ -247,15 +267,13 @@ class DestinationEnd(End):
         await self.call(self._broadcast_all)
 
     def _broadcast_all(self) -> None:
-        for ref in self.refs:
-            self.driver.set_broadcast(ref, True)
+        each(self.refs, lambda ref: self.driver.set_broadcast(ref, True))
 
     async def _close_accounts(self, _: words.CloseAccounts) -> None:
         await self.call(self._settled_all)
 
     def _settled_all(self) -> None:
-        for ref in self.refs:
-            self.driver.settled(ref)
+        each(self.refs, self.driver.settled)
 
     async def _send_settled(self, _: words.SendSettled) -> None:
         self._send(pb.FromDestination(settled=pb.Empty()))
@@ -265,8 +283,7 @@ class DestinationEnd(End):
         QUIET.end(self.name)
 
     def _purge_all(self) -> None:
-        for ref in self.refs:
-            self.driver.purge(ref)
+        each(self.refs, self.driver.purge)
 
     async def _answer_source(self, _: words.Answer) -> None:
         asking, self._asking = self._asking, []

@@ -7,6 +7,7 @@ goes on beside them and comes back as an event. Calls of the driver go through t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,14 @@ from typing import Any, TypeVar
 
 import structlog
 
-from datapath.errors import Error
+from datapath.errors import Error, PortNotFound, StaleEpoch
 from datapath.provider import Driver, PortRef
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.config import MigrationSection
 from migrator.agent.guests import GuestDriver
 from migrator.agent.report import Report
 from migrator.agent.store import Store
+from migrator.errors import JournalFailed
 from migrator.lifecycle.machine import Action, Event, Role
 
 T = TypeVar("T")
@@ -157,14 +159,28 @@ class End:
             return
         before = self.state
         self.state, actions = self._step(event)
-        if self.state != before:
-            self._save()
+        if self.state != before and not self._saved() and self._binding(before):
+            self.state = before
+            self.post(self._failure("what was to be promised could not be written down"))
+            return
         if self.state.phase is not before.phase or isinstance(event, type(self._timeout())):
             self._arm()
         if self.state.phase is not before.phase:
             self.log.info("phase", by=type(event).__name__, phase=str(self.state.phase), was=str(before.phase))
         for action in actions:
             self._actions.put_nowait(action)
+
+    def _binding(self, before: Any) -> bool:  # noqa: ARG002
+        """Must the step from `before` not be taken unless it is stored? Any other is: the guest waits for no disk."""
+        return False
+
+    def _saved(self) -> bool:
+        try:
+            self._save()
+        except JournalFailed as error:
+            self.log.error("not stored", phase=str(self.state.phase), error=str(error))
+            return False
+        return True
 
     def _save(self) -> None:
         facts = {"role": str(self.role), "state": asdict(self.state), "refs": [asdict(ref) for ref in self.refs]}
@@ -269,7 +285,10 @@ class End:
     def _lease(self) -> None:
         for ref in self.refs:
             if self.leased:
-                self.driver.set_lease(ref, self.around.settings.lease_s)
+                with contextlib.suppress(
+                    PortNotFound, StaleEpoch
+                ):  # one of several that is gone costs no other its own
+                    self.driver.set_lease(ref, self.around.settings.lease_s)
 
     def now(self) -> float:
         return time.monotonic()

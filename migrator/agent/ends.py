@@ -61,6 +61,14 @@ class Ends:
         """How a migration that came here ended, while that is remembered."""
         return self._past.get(migration)
 
+    async def found(self, vm: str, epoch: int) -> pb.MoveState:
+        """What became of an instance that nothing is remembered of: only who never had its guest is not known."""
+        statuses = await self._around.call(vm, self._around.driver.ports)
+        lived = {PortState.ACTIVE, PortState.QUIESCED, PortState.STUB}
+        # A newer one in its place: it has been open here and moved on.
+        opened = any(s.ref.vm == vm and s.ref.epoch >= epoch and s.state in lived for s in statuses)
+        return pb.MoveState(state="open" if opened else "unknown", committed=opened, opened=opened, known=opened)
+
     # ---- orders ----
 
     async def describe(self, vm: str) -> pb.Need:

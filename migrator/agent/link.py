@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import structlog
 
+from datapath.errors import Error
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent.stream import CHANNEL_OPTIONS
@@ -56,6 +57,10 @@ class Link:
                 await self._attach()
             except grpc.aio.AioRpcError as error:
                 self._log.debug("no coordinator", address=self._address, error=error.details())
+            except Error as error:
+                self._log.warning("cannot greet the coordinator", address=self._address, error=str(error))
+            except Exception:
+                self._log.exception("broken", address=self._address)
             finally:
                 if self._outgoing is not None:
                     self._log.info("coordinator lost", address=self._address)

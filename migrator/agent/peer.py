@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,6 +19,8 @@ from migrator.agent.ends import Ends
 from migrator.lifecycle import destination_words as words
 
 BEGIN_S = 10.0
+LOADING_MAX = 3
+"""Sections that may wait to be loaded while the next is read: 4 MiB a migration at most."""
 _SETTLED = (
     pb.FromDestination(ready=pb.Empty()),
     pb.FromDestination(opened=pb.Opened()),
@@ -72,26 +74,38 @@ class PeerService(rpc.PeerServicer):
                 yield message
         finally:
             reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await reader
-            end.detach(source)
+            try:
+                await asyncio.gather(reader, return_exceptions=True)
+            finally:
+                end.detach(source)
 
     async def _receive(self, end: DestinationEnd, source: _Source, requests: AsyncIterator[pb.FromSource]) -> None:
+        loading: deque[asyncio.Future[None]] = deque()
         try:
             async for message in requests:
-                await end.receive(message)
+                if message.WhichOneof("message") == "section":
+                    loading.append(end.load(message.section))
+                while loading and (len(loading) > LOADING_MAX or not message.HasField("section")):
+                    await loading.popleft()
+                if not message.HasField("section"):
+                    await end.receive(message)
         except Error as error:
             end.post(words.Failed(str(error)))
             await _drained(requests)
         except grpc.aio.AioRpcError as error:
             self._log.info("stream from source broke", migration=end.report.id, error=error.details())
+        except Exception as error:
+            self._log.exception("broken", migration=end.report.id)
+            end.post(words.Failed(f"{type(error).__name__}: {error}"))
+            await _drained(requests)
         finally:
+            await asyncio.gather(*loading, return_exceptions=True)
             source.close()
 
     async def Ask(self, request: pb.MoveQuery, context: Any) -> pb.MoveState:  # noqa: N802
         end = self._ends.destination(request.migration)
         if end is None:
-            return self._ends.past(request.migration) or pb.MoveState(state="unknown", known=False)
+            return self._ends.past(request.migration) or await self._ends.found(request.vm, request.epoch)
         return await asyncio.wait_for(end.ask(), max(context.time_remaining() or BEGIN_S, 0.001))
 
 

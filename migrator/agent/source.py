@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
+from datapath.errors import Error
 from datapath.provider import PortRef
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.copying import Batch, Copier
@@ -26,6 +27,8 @@ from migrator.lifecycle.source_words import Phase
 
 ETHERNET = 14
 POLL_S = 0.0002
+RESUME_TRIES = 3
+ABORT_S = 1.0
 MEMORY_POLL_S = 0.005
 LEASED = frozenset({Phase.HOLDING, Phase.SUSPENDING, Phase.DRAINING, Phase.DRAINED, *words.UNSURE, *words.LEFT})
 
@@ -292,7 +295,7 @@ class SourceEnd(End):
         self.beside("hold", self._hold_and_idle)
 
     async def _hold_and_idle(self) -> None:
-        await self.call(self.ports.hold)
+        await self.call(self._hold_for_a_lease)
         self.report.span("hold", "held")
         began = time.monotonic()
         await self._wait_idle()
@@ -338,7 +341,22 @@ class SourceEnd(End):
     async def _shut(self, _: words.Shut) -> None:
         await self.call(self.ports.shut)
 
+    def _binding(self, before: machine.State) -> bool:
+        """Whoever has sent `final` and does not remember would be certain that the destination has not committed."""
+        return self.state.final and not before.final
+
     async def _drain(self, action: words.Drain) -> None:
+        """Beside the actions: a destination that reads nothing must not keep a guest that comes back waiting."""
+        earlier = self._beside.pop("drain", None)
+
+        async def work() -> None:
+            if earlier is not None:
+                await earlier
+            await self._drain_all(action)
+
+        self.beside("drain", work)
+
+    async def _drain_all(self, action: words.Drain) -> None:
         QUIET.begin(self.name)
         if action.follow:
             self.report.leading = False
@@ -358,10 +376,16 @@ class SourceEnd(End):
             await self.call(self.ports.take)
         self.post(words.Drained())
 
+    def _hold_for_a_lease(self) -> None:
+        """A hold of an agent that dies at once must end as well."""
+        self.ports.hold()
+        self._lease()
+
     def _shut_and_drain(self) -> list[Batch]:
         """In the lane, in one go: it is what the guest waits for. Nothing when the first dump is not complete."""
         began = time.monotonic()
         self.ports.shut()
+        self._lease()
         self.report.lasted("quiesce", began)
         began = time.monotonic()
         batches = [self.copier.drain()] if self.copier.dumped else []
@@ -369,6 +393,9 @@ class SourceEnd(End):
         return batches
 
     async def _send_final(self, _: words.SendFinal) -> None:
+        self.beside("final", self._send_last)
+
+    async def _send_last(self) -> None:
         total = self.copier.end_round()
         self._count(self.report.marks.get("held", 0.0))
         self.report.mark("final")
@@ -377,13 +404,14 @@ class SourceEnd(End):
         await self._write(pb.FromSource(final=final))
 
     async def _redirect(self, _: words.Redirect) -> None:
-        self.stop_beside("step", "connect", "watch", "ask")
+        self.stop_beside("step", "connect", "watch", "ask", "drain", "final")
         self.report.mark("opened")
-        await self._stop_copying()
+        self._halt_copying()
         await self.call(self.ports.redirect, self.order.channel, self.order.destination)
         self.report.span("held_delivered", "opened")
         self.report.span("downtime", "paused", "opened")
         QUIET.end(self.name)
+        await self._stop_copying()
         self.post(words.Redirected())
 
     async def _settle(self, _: words.Settle) -> None:
@@ -434,21 +462,32 @@ class SourceEnd(End):
             self.post(words.CancelFailed())
 
     async def _resume(self, _: words.Resume) -> None:
-        self.stop_beside("step", "connect", "watch", "ask")
+        self.stop_beside("step", "connect", "watch", "ask", "drain", "final")
         self._halt_copying()
         began = time.monotonic()
-        await self.call(self.ports.resume)
+        await self._resume_ports()
         self.report.lasted("resume", began)
         QUIET.end(self.name)
         await self._stop_copying()
         if self._moving_guest and self.state.guest is Guest.RUNNING:
             await self.guests.cancel(self.vm, certain=False)
 
+    async def _resume_ports(self) -> None:
+        for left in reversed(range(RESUME_TRIES)):
+            try:
+                await self.call(self.ports.resume)
+                return
+            except Error as error:
+                if not left:
+                    raise
+                self.log.warning("not all ports are active, tried again", error=str(error))
+
     async def _send_abort(self, action: words.SendAbort) -> None:
         if self.stream is None:
             return
-        with contextlib.suppress(PeerLost):  # the coordinator tells it then
-            await self._write(pb.FromSource(abort=pb.Abort(migration=self.report.id, reason=action.reason)))
+        with contextlib.suppress(PeerLost, TimeoutError):  # the coordinator tells it then
+            async with asyncio.timeout(ABORT_S):
+                await self._write(pb.FromSource(abort=pb.Abort(migration=self.report.id, reason=action.reason)))
         await self.stream.finish()
 
     async def _tell(self, action: words.Tell) -> None:

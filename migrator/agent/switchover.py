@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
-from datapath.errors import PortNotFound
+from datapath.errors import Error, PortNotFound, StaleEpoch
 from datapath.provider import Driver, PortRef, PortState, Pumped
 from migrator.agent.orders import port_channel
 from migrator.agent.report import Report
+
+T = TypeVar("T")
+
+
+def each(things: Iterable[T], step: Callable[[T], object]) -> None:
+    """Take a step with everything: what fails keeps nothing else from it. Raises the first error at the end."""
+    errors = []
+    for thing in things:
+        try:
+            step(thing)
+        except Error as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 class Ports:
@@ -24,7 +39,10 @@ class Ports:
     def recall(self) -> None:
         """After a restart: how far an earlier run had got."""
         for ref in self._refs:
-            status = self._driver.port(ref)
+            try:
+                status = self._driver.port(ref)
+            except (PortNotFound, StaleEpoch):
+                continue  # purged, and the earlier run died before it could forget that
             if status.gate.endswith("shut"):
                 self._held.add(ref)
             if status.state is not PortState.ACTIVE:
@@ -65,23 +83,32 @@ class Ports:
     def redirect(self, channel: int, host: str) -> None:
         self.shut()
         self.take()
-        for ref in self._refs:
+
+        def redirect(ref: PortRef) -> None:
             judged, self._taken[ref] = self._taken[ref], []
             own = port_channel(channel, (one.mac for one in self._refs), ref.mac)
             self._count("redirected", self._driver.redirect(ref, own, host, judged))
 
+        each(self._refs, redirect)
+
     def resume(self) -> None:
         """Active again: what the guest left unread goes first, then what was held."""
-        for ref in self._refs:
-            taken, self._taken[ref] = self._taken[ref], []
+        steps = (self._return, self._unlease, self._driver.untrack)
+        each(((step, ref) for step in steps for ref in self._refs), lambda one: one[0](one[1]))
+
+    def _return(self, ref: PortRef) -> None:
+        taken, self._taken[ref] = self._taken[ref], []
+        try:
             if taken:
                 self._driver.inject(ref, taken, judged=True)
+        finally:
             if ref in self._held | self._quiesced:
                 self._count("returned", self._driver.resume(ref))
-            self._driver.untrack(ref)
-            self._driver.set_lease(ref, None)
-        self._held.clear()
-        self._quiesced.clear()
+            self._held.discard(ref)
+            self._quiesced.discard(ref)
+
+    def _unlease(self, ref: PortRef) -> None:
+        self._driver.set_lease(ref, None)
 
     def _count(self, name: str, pumped: Pumped) -> None:
         self._report.frames[name] += pumped.passed
@@ -89,8 +116,7 @@ class Ports:
         self._report.frames["dropped"] += pumped.dropped
 
     def purge(self, keep_redirect: bool) -> None:
-        for ref in self._refs:
-            self._driver.purge(ref, keep_redirect=keep_redirect)
+        each(self._refs, lambda ref: self._driver.purge(ref, keep_redirect=keep_redirect))
 
     def redirect_idle_s(self) -> float:
         """Seconds since the last frame of any of the ports was redirected."""
