@@ -64,9 +64,12 @@ class Budget:
     self_stops: int = 0
     returns: int = 0
     dry_run: bool = False
-    hypervisor: bool = True  # False: the operator's word is the guest's move
+    hypervisor: bool = True  # False: the operator's word is the guest's move, the commit its resume
     strict: bool = False
-    names: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        given = {name: value for name, value in vars(self).items() if value != getattr(Budget, name)}
+        return ",".join(f"{name}={value}" for name, value in given.items()) or "none"
 
 
 class Model:
@@ -116,7 +119,7 @@ class Model:
             case aw.Hold():
                 return replace(w, port_a="held", in_a=(*w.in_a, aw.Held()))
             case aw.Suspend():
-                return self.stop(w) if w.guest == "A" else w
+                return self.stop(w) if w.guest == "A" else replace(w, in_a=(*w.in_a, aw.Failed("")))
             case aw.Wake():
                 if w.guest == "-" and not w.moving:
                     return replace(w, guest="A", guest_a=(*w.guest_a, aw.GuestResumed()))
@@ -146,7 +149,8 @@ class Model:
         raise AssertionError(action)
 
     def stop(self, w: World) -> World:
-        return replace(w, guest="-", guest_a=(*w.guest_a, aw.GuestPaused(moving=w.moving)))
+        moving = w.moving or not self.budget.hypervisor
+        return replace(w, guest="-", guest_a=(*w.guest_a, aw.GuestPaused(moving=moving)))
 
     def send(self, w: World, what: str) -> World:
         return replace(w, forth=(*w.forth, what)) if w.forth is not None else w
@@ -169,6 +173,9 @@ class Model:
         w = replace(w, b=state)
         for action in actions:
             w = self.act_b(w, action)
+        if isinstance(event, bw.CommitDone) and not self.budget.hypervisor:
+            assert w.guest != "A", "runs at both"
+            w = replace(w, guest="B", guest_b=(*w.guest_b, bw.GuestRunning()))
         return w
 
     def act_b(self, w: World, action: Action) -> World:  # noqa: C901
@@ -276,10 +283,7 @@ class Model:
             "settle-end": bw.SettleEnd(),
             "abort": bw.SourceAborted(),
         }
-        w = self.at_b(w, events[message])
-        if message == "final" and not self.budget.hypervisor:
-            w = replace(w, in_b=(*w.in_b, "run"))
-        return w
+        return self.at_b(w, events[message])
 
     def hypervisor(self, w: World) -> Iterator[tuple[str, World]]:
         if w.cancelling is not None:
@@ -292,8 +296,11 @@ class Model:
                 yield "guest returns", replace(back, guest_a=(*w.guest_a, aw.GuestResumed()))
 
     def cancel(self, w: World, certain: bool) -> Iterator[tuple[str, World]]:
-        del certain
-        if w.guest == "A":
+        if not self.budget.hypervisor:
+            assert not (certain and w.guest == "B"), "runs at both"
+            back = replace(w, guest="A", in_a=(*w.in_a, aw.GuestResumed()))
+            yield "none", back if certain else replace(w, in_a=(*w.in_a, aw.CancelFailed()))
+        elif w.guest == "A":
             yield "cancelled", replace(w, moving=False, in_a=(*w.in_a, aw.GuestResumed()))
         elif w.guest == "-" and w.moving:
             back = replace(w, guest="A", moving=False, guest_a=(*w.guest_a, aw.GuestResumed()))
@@ -339,6 +346,10 @@ class Model:
         if w.forth is not None:
             w = replace(w, forth=None, back=None, in_b=(*w.in_b, bw.PeerLost()))
         guest = {"A": Guest.RUNNING, "-": Guest.PAUSED, "B": Guest.GONE}[w.guest]
+        if not self.budget.hypervisor and w.a:  # nobody to ask: what was promised to the destination decides
+            guest = Guest.PAUSED if w.a.final else Guest.RUNNING
+            assert w.a.final or w.guest != "B", "runs at both"
+            w = w if w.a.final else replace(w, guest="A")
         w = self.at_a(w, aw.Restarted(guest))
         return self.at_c(w, c.Back(Role.SOURCE))
 
@@ -347,7 +358,11 @@ class Model:
         if w.forth is not None:
             w = replace(w, forth=None, back=None, in_a=(*w.in_a, aw.PeerLost()))
         committed = w.port_b in {"committed", "open"}
-        w = self.at_b(w, bw.Restarted(guest=w.guest == "B", committed=committed))
+        runs = w.guest == "B" if self.budget.hypervisor else committed
+        if runs:
+            assert w.guest != "A", "runs at both"
+            w = replace(w, guest="B")
+        w = self.at_b(w, bw.Restarted(guest=runs, committed=committed))
         if w.b and w.b.asked:
             w = replace(w, b=replace(w.b, asked=False))
         return self.at_c(w, c.Back(Role.DESTINATION))
@@ -453,10 +468,13 @@ def _way(came: dict[World, tuple[World | None, str]], w: World | None) -> str:
         Budget(breaks=1, returns=1),
         Budget(breaks=1, self_stops=1),
         Budget(crashes=1),
-        Budget(crashes=1, self_stops=1),
-        Budget(crashes=1, returns=1),
+        Budget(hypervisor=False, aborts=1, breaks=1),
+        Budget(hypervisor=False, crashes=1),
+        pytest.param(Budget(crashes=1, self_stops=1), marks=pytest.mark.slow),
+        pytest.param(Budget(crashes=1, returns=1), marks=pytest.mark.slow),
+        pytest.param(Budget(hypervisor=False, crashes=1, breaks=1), marks=pytest.mark.slow),
     ],
-    ids=lambda budget: "-".join(f"{n}{v}" for n, v in vars(budget).items() if v not in (0, False, {})),
+    ids=str,
 )
 def test_every_interleaving(budget: Budget) -> None:
     found = explore(budget)
