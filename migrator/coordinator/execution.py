@@ -128,6 +128,8 @@ class Execution:
             self._arm(run)
         for action in actions:
             self._act(run, action)
+        if run.machine.phase is Phase.DONE and before.phase is not Phase.DONE:
+            self._configure(run)
         if not run.live:
             self.running.pop(run.id, None)
             for timer in (run.deadline, run.report_later):
@@ -168,6 +170,11 @@ class Execution:
                 ENDED.labels(run.report.outcome).inc()
                 DURATION.observe(run.report.finished_at - run.report.started_at)
                 log.info("migration ends", migration=run.id, outcome=run.report.outcome, reason=run.report.reason)
+
+    def _configure(self, run: Running) -> None:
+        """Tables of the source may have overtaken a change on their way: the destination is told the newest again."""
+        for port in self._store.catalog.ports_of(run.agreed.vm):
+            self._roster.send(run.agreed.destination, port=self._store.catalog.order(port))
 
     def _order(self, run: Running, role: Role, order: machine.Order, reason: str) -> None:
         host = run.agreed.host(role)

@@ -354,7 +354,7 @@ def _back(state: State, event: Back) -> Step:
         return state, _repeat_abort(state, role)
     if role is A and state.phase in {Phase.AUTHORISED, Phase.SWITCHOVER}:
         return state, (Send(A, Order.AUTHORISE),)
-    if role is A and state.phase is Phase.OPEN:
+    if role is A and state.phase in {Phase.OPEN, Phase.DONE}:
         return state, (Tell(A, Verdict(guest_at=B, committed=True, opened=True)),)
     if role is A and state.phase is Phase.CLOSED:
         return state, (Send(A, Order.END_REDIRECT),)

@@ -82,7 +82,13 @@ def step(state: State, event: Event) -> Step:
 
 
 def _staged(state: State, _: Staged) -> Step:
-    return (replace(state, phase=Phase.STAGED), (Accept(),)) if state.phase is Phase.STAGING else (state, ())
+    if state.phase is not Phase.STAGING:
+        return state, ()
+    state = replace(state, phase=Phase.STAGED)
+    if not state.guest:
+        return state, (Accept(),)
+    state, actions = _degrade(state, "the guest came before its ports were there")
+    return state, (Accept(), *actions)
 
 
 def _begun(state: State, _: Begun) -> Step:

@@ -377,7 +377,7 @@ def test_a_restarted_copy_keeps_a_change_of_the_configuration(tmp_path: Path) ->
         record = {**w.driver("b").port(ref).record, "addresses": ["10.1.0.99"], "revision": 1000}
         w.driver("b").update(ref, record)
         source: Any = end_of(w, "a", Role.SOURCE)
-        await source._write(pb.FromSource(restart=pb.Empty()))
+        await source.stream.send(pb.FromSource(restart=pb.Empty()))
         arrival: Any = end_of(w, "b", Role.DESTINATION)
         staged = w.driver("b").switch.ports[ref]
         await eventually(lambda: w.driver("b").switch.ports.get(ref) not in (None, staged))
