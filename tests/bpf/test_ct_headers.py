@@ -102,6 +102,8 @@ MALFORMED = {
     "IPv6 extension in a fragment": wrap(
         FROM, frames.ipv6(*pair(FROM, True), FRAGMENT, fragment(DESTINATION, 0, True, 1) + extension(TCP) + SEGMENT)
     ),
+    "IPv6 from a v4-mapped address": wrap(FROM, frames.ipv6("::ffff:10.0.0.1", pair(FROM, True)[1], TCP, SEGMENT)),
+    "IPv6 to a v4-mapped address": wrap(FROM, frames.ipv6(pair(FROM, True)[0], "::ffff:10.0.0.1", TCP, SEGMENT)),
     "IPv6 two fragment headers": wrap(
         FROM, frames.ipv6(*pair(FROM, True), FRAGMENT, fragment(44, 0, True, 1) + fragment(TCP, 0, True, 1) + SEGMENT)
     ),

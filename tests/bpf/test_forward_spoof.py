@@ -106,7 +106,7 @@ def test_source_mac(guest: Lab, source: str, expected: str) -> None:
         (from_ip6(LINK_LOCAL), "passed"),
         (from_ip6("2001:db8::9"), "DROP_SPOOF_ADDRESS"),
         (from_ip6("::"), "DROP_SPOOF_ADDRESS"),
-        (from_ip6("::ffff:10.0.0.1"), "DROP_SPOOF_ADDRESS"),  # how IPv4 is stored, never on a wire
+        (from_ip6("::ffff:10.0.0.1"), "DROP_MALFORMED"),  # how IPv4 is stored, never on a wire
         (ethernet(PEER, OWN, 0x88CC, b"LLDP"), "passed"),
         (from_ip(IP)[:14] + b"\x44" + from_ip(IP)[15:], "DROP_MALFORMED"),
     ],

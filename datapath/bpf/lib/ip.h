@@ -5,6 +5,7 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 
+#include "address.h"
 #include "packet.h"
 
 #define IPV6_EXTENSIONS_MAX 8
@@ -94,6 +95,9 @@ static __always_inline __u32 parse_ipv6(struct __sk_buff *skb, struct packet *pk
 		return 0;
 	addr_copy(direction == FROM_GUEST ? pkt->laddr : pkt->raddr, (__be32 *)&ip.saddr);
 	addr_copy(direction == FROM_GUEST ? pkt->raddr : pkt->laddr, (__be32 *)&ip.daddr);
+	/* RFC 4291, 2.5.5.2: not on a wire; here it would pass for a packet of the IPv4 address */
+	if (addr_is_v4(pkt->laddr) || addr_is_v4(pkt->raddr))
+		return 0;
 	pkt->proto = ip.nexthdr;
 	pkt->hops = ip.hop_limit;
 	pkt->l4_offset = pkt->l3_offset + sizeof(ip);

@@ -83,8 +83,8 @@ static __always_inline void parse_wire(struct __sk_buff *skb, struct packet *pkt
 /*
  * Fills `pkt` (which the caller has zeroed) for the frame at skb->data; `direction` is FROM_GUEST or TO_GUEST.
  * Changes nothing of the frame. Returns enum drop_reason: DROP_NONE, or DROP_MALFORMED for a frame that is cut off,
- * lies about its length, has more than IPV6_EXTENSIONS_MAX extension headers, or is a first fragment without its whole
- * transport header (RFC 1858, RFC 7112). Global, so that it is verified once.
+ * lies about its length, has a v4-mapped IPv6 address or more than IPV6_EXTENSIONS_MAX extension headers, or is a first
+ * fragment without its whole transport header (RFC 1858, RFC 7112). Global, so that it is verified once.
  */
 __noinline int parse(struct __sk_buff *skb, struct packet *pkt, int direction)
 {

@@ -61,9 +61,7 @@ static __always_inline int spoof_ipv6(struct __sk_buff *skb, struct port *port, 
 {
 	int reason = DROP_NONE;
 
-	if (addr_is_v4(pkt->laddr)) /* RFC 4291, 2.5.5.2: not on a wire; here it would pass for the IPv4 address */
-		reason = DROP_SPOOF_ADDRESS;
-	else if (addr_is_zero(pkt->laddr))
+	if (addr_is_zero(pkt->laddr))
 		reason = spoof_ipv6_unspecified(pkt);
 	else if (!addr_is_link_local(pkt->laddr) && !addr_is_owned(port->slot, pkt->laddr))
 		reason = DROP_SPOOF_ADDRESS;
