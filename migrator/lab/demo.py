@@ -150,13 +150,13 @@ def _rates(scene: Scene, host: str) -> Rates:
 
 
 def _panel(scene: Scene, begin: float, stops: list[float], route: list[str], *, without_state: bool) -> picture.Panel:
-    sent, came = scene.probe_times()
+    sent, missing = scene.probe_times()
     end = scene.samples[-1].time - begin
     slots = [n * SAMPLE_S for n in range(int(end / SAMPLE_S))]
 
     def share(slot: float) -> float:
-        due = sum(slot <= t - begin < slot + SAMPLE_S for t in sent)
-        return min(1.0, sum(slot <= t - begin < slot + SAMPLE_S for t in came) / due) if due else 1.0
+        due = [n for n, when in enumerate(sent) if slot <= when - begin < slot + SAMPLE_S]
+        return sum(n not in missing for n in due) / len(due) if due else 1.0
 
     return picture.Panel(
         "without state: every connection dies" if without_state else "with state",

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.lab.cluster import Cluster
@@ -122,7 +123,7 @@ class Scene:
     def watch_while(self, condition: Callable[[], bool]) -> None:
         """Note what is alive as long as a condition holds."""
         while condition():
-            alive = sum(talker.call("status")["recent"] for talker in self.talkers)
+            alive = sum(talker.call("status")["answering"] for talker in self.talkers)
             self.samples.append(Sample(time.monotonic(), alive))
             time.sleep(SAMPLE_S)
 
@@ -150,9 +151,13 @@ class Scene:
     def check(self, timeout_s: float) -> dict[str, int]:
         """A message over each connection, there and back: how many are lost, how many bytes agreed so far."""
         for talker in self.talkers:
-            talker.ask("check", size=64, timeout_s=timeout_s)
-        answers = [talker.answer("check", timeout_s + 10) for talker in self.talkers]
-        return {key: sum(answer[key] for answer in answers) for key in ("total", "lost", "bytes")}
+            talker.call("ask", size=64)
+        end = time.monotonic() + timeout_s
+        self.watch_while(lambda: time.monotonic() < end and not all(v["over"] for v in self._verdicts()))
+        return {key: sum(verdict[key] for verdict in self._verdicts()) for key in ("total", "lost", "bytes")}
+
+    def _verdicts(self) -> list[dict[str, Any]]:
+        return [talker.call("verdict") for talker in self.talkers]
 
     def verified(self) -> int:
         """Bytes that came back and agreed, so far."""
@@ -179,7 +184,7 @@ class Scene:
             report = self.probes.call("report", below=sent)["flows"]["1"]
         return {"sent": sent, "lost": sent - report["received"], "doubled": report["doubled"]}
 
-    def probe_times(self) -> tuple[list[float], list[float]]:
-        """When probes were sent, when answers came."""
-        timeline = self.probes.call("timeline")
-        return timeline["sent"]["1"], timeline["came"]["1"]
+    def probe_times(self) -> tuple[list[float], set[int]]:
+        """When each probe was sent, and the numbers of those that nobody answered."""
+        timeline = self.probes.call("timeline", flow=1)
+        return timeline["sent"], set(timeline["missing"])

@@ -7,7 +7,7 @@
     stop {flow}                                             no more; how many were sent
     sending {flow}                                          how many were sent so far
     report {below}                                          of all flows received (or answered), up to a number
-    timeline {since}                                        times (CLOCK_MONOTONIC) of what was sent and of what came
+    timeline {flow}                                         when each number was sent, which have no answer
 
 A number is answered when its answer is seen; the network between is all that can lose it: sockets are large.
 """
@@ -41,7 +41,6 @@ class Arrivals:
     newest: int = -1
     doubled: int = 0
     overtaken: int = 0
-    times: list[float] = field(default_factory=list)
 
     def note(self, number: int) -> None:
         if number >= len(self.seen):
@@ -50,7 +49,6 @@ class Arrivals:
         self.overtaken += number < self.newest and not self.seen[number]
         self.seen[number] = 1
         self.newest = max(self.newest, number)
-        self.times.append(time.monotonic())
 
     def report(self, below: int | None = None) -> Message:
         newest = self.newest if below is None else min(self.newest, below - 1)
@@ -132,11 +130,9 @@ class Probe:
         return {"flows": {str(flow): arrivals.report(order.get("below")) for flow, arrivals in self.flows.items()}}
 
     def timeline(self, order: Message) -> Message:
-        since = order.get("since", 0.0)
-        return {
-            "sent": {str(f): [t for t in s.times if t >= since] for f, s in self.senders.items()},
-            "came": {str(f): [t for t in a.times if t >= since] for f, a in self.flows.items()},
-        }
+        sender, arrivals = self.senders[order["flow"]], self.flows.get(order["flow"], Arrivals())
+        missing = [n for n in range(sender.sent) if n >= len(arrivals.seen) or not arrivals.seen[n]]
+        return {"sent": sender.times, "missing": missing}
 
     def _tick(self, flow: int, sender: Sender) -> None:
         """Numbers on a fixed schedule: a late tick sends what is due."""

@@ -41,7 +41,7 @@ class Stream:
     sent: int = 0
     wanted: int = 0
     verified: int = 0
-    heard: float = 0.0
+    asked: float = 0.0  # when it was last told to send
 
     def push(self) -> None:
         """Send what is wanted, as far as the socket takes it."""
@@ -70,7 +70,6 @@ class Stream:
             self.dead = f"wrong bytes after {self.verified}"
         else:
             self.verified += len(data)
-            self.heard = time.monotonic()
 
 
 class Tcp:
@@ -84,6 +83,7 @@ class Tcp:
         self.streams: list[Stream] = []
         self.flow_s = 0.0
         self.flow_size = 0
+        self.goals: list[tuple[Stream, int]] = []
 
     def operations(self) -> dict[str, Operation]:
         return {
@@ -91,6 +91,8 @@ class Tcp:
             "connect": self.connect,
             "flow": self.flow,
             "check": self.check,
+            "ask": self.ask,
+            "verdict": lambda _: self._verdict(self.goals),
             "status": lambda _: self.status(),
             "close": self.close,
         }
@@ -198,21 +200,25 @@ class Tcp:
                 self._want(stream, self.flow_size)
         self.loop.after(self.flow_s / 10, lambda: self._flow_slice((part + 1) % 10))
 
-    def check(self, order: Message) -> Message:
+    def ask(self, order: Message) -> Message:
         living = [stream for stream in self.streams if stream.connected]
         for stream in living:
             if not stream.dead:
                 self._want(stream, order.get("size", 64))
-        goals = [(stream, stream.wanted) for stream in living]
+        self.goals = [(stream, stream.wanted) for stream in living]
+        return {}
+
+    def check(self, order: Message) -> Message:
+        self.ask(order)
+        goals = self.goals
         self._answer_when(
-            lambda: all(s.dead or s.verified >= goal for s, goal in goals),
-            order.get("timeout_s", 20),
-            lambda: self._verdict(goals),
+            lambda: self._verdict(goals)["over"], order.get("timeout_s", 20), lambda: self._verdict(goals)
         )
         return later
 
     def _verdict(self, goals: list[tuple[Stream, int]]) -> Message:
-        lost = [s for s, goal in goals if s.dead or s.verified < goal]
+        silent = [s for s, goal in goals if not s.dead and s.verified < goal]
+        lost = [s for s, goal in goals if s.dead] + silent
         reasons = sorted({s.dead or "silent" for s in lost})
         return {
             "total": len(goals),
@@ -220,17 +226,18 @@ class Tcp:
             "lost": len(lost),
             "reasons": reasons[:5],
             "bytes": sum(s.verified for s, _ in goals),
+            "over": not silent,
         }
 
     def status(self) -> Message:
-        """`recent`: connections whose data came back within the last 300 ms or that have nothing under way."""
+        """`answering`: connections that have nothing under way, or have not waited for it for a second yet."""
         now = time.monotonic()
         alive = [s for s in self.streams if s.connected and not s.dead]
         return {
             "total": len(self.streams),
             "alive": len(alive),
             "serving": len(self.echoing),
-            "recent": sum(s.verified == s.wanted or now - s.heard < 0.3 for s in alive),
+            "answering": sum(s.verified == s.wanted or now - s.asked < 1.0 for s in alive),
             "bytes": sum(s.verified for s in self.streams),
         }
 
@@ -243,6 +250,7 @@ class Tcp:
 
     def _want(self, stream: Stream, size: int) -> None:
         stream.wanted += size
+        stream.asked = time.monotonic()
         stream.push()
         if stream.sent < stream.wanted and not stream.dead:
             self.loop.watch(stream.socket.fileno(), lambda: self._serve(stream), BOTH)
