@@ -28,7 +28,6 @@ from migrator.lifecycle.machine import Action, Event, Role
 
 T = TypeVar("T")
 Work = Callable[[], Coroutine[Any, Any, None]]
-REPORT_S = 0.2
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,20 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 from datapath.errors import Error
 from datapath.provider import PortRef
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.copying import Batch, Copier
-from migrator.agent.end import REPORT_S, End, Surroundings
+from migrator.agent.end import End, Surroundings
 from migrator.agent.guests import GuestFailed
 from migrator.agent.quiet import QUIET
 from migrator.agent.report import Report
+from migrator.agent.rounds import Rounds
 from migrator.agent.stream import PeerStream, ask
-from migrator.agent.switchover import Ports
+from migrator.agent.switchover import Ports, wait_idle
 from migrator.errors import MigrationError, PeerLost
 from migrator.lifecycle import source as machine
 from migrator.lifecycle import source_words as words
@@ -26,7 +28,6 @@ from migrator.lifecycle.machine import Action, Event, Guest, Role
 from migrator.lifecycle.source_words import Phase
 
 ETHERNET = 14
-POLL_S = 0.0002
 RESUME_TRIES = 3
 ABORT_S = 1.0
 MEMORY_POLL_S = 0.005
@@ -45,11 +46,15 @@ class SourceEnd(End):
         self.ports = Ports(around.driver, refs, report)
         self.copier = Copier(around.driver, refs, with_state=not order.without_state)
         self.stream: PeerStream | None = None
-        self._done_rounds = 0
-        self._round_done = asyncio.Event()
-        self._stop_copy = asyncio.Event()
-        self._drain_now = asyncio.Event()
-        self._copying: asyncio.Task[None] | None = None
+        self.rounds = Rounds(
+            self.copier,
+            report,
+            around.settings,
+            call=self.call,
+            write=self._write,
+            small=self._small_round,
+            progress=lambda: self.tell_again("running"),
+        )
         self._moving_guest = False
         super().__init__(around, report, refs, state)
 
@@ -154,9 +159,7 @@ class SourceEnd(End):
         if which == "ready":
             self.post(words.Ready())
         elif which == "round_done":
-            self._done_rounds = message.round_done.round + 1
-            self.report.not_moved.update(message.round_done.rejected)
-            self._round_done.set()
+            self.rounds.loaded(message.round_done)
         elif which == "committed":
             self._peer_committed(message.committed)
         elif which == "opened":
@@ -179,96 +182,16 @@ class SourceEnd(End):
         if not self.order.ordered_elsewhere:
             await self.guests.migrate(self.vm, self.order.destination)
             self._moving_guest = True
-        self._copying = self.beside("copy", self._copy_rounds)
+        self.rounds.task = self.beside("copy", self.rounds.run)
 
-    async def _copy_rounds(self) -> None:
-        """Round 0, then rounds until one is small, then go on so that it stays small.
-
-        Is never cancelled, for what was read from the driver and not sent would be missing: it stops where it is asked.
-        """
-        began = time.monotonic()
-        await self.call(self.copier.begin)
-        self.report.lasted("track", began)
-        while not self._stop_copy.is_set():
-            await self._dump(began)
-            await self._drain_rounds(began)
-
-    async def _dump(self, began: float) -> None:
-        told = time.monotonic()
-        while not self._stop_copy.is_set():
-            batch = await self.call(self.copier.chunk)
-            if batch.complete:
-                self.report.times_ms.setdefault("dump", (time.monotonic() - began) * 1e3)
-                return await self._end_round()
-            await self._send(batch)
-            if time.monotonic() - told > REPORT_S:
-                told = time.monotonic()
-                self._count(began)
-                self.tell_again("running")
-        return None
-
-    async def _drain_rounds(self, began: float) -> None:
-        """Returns to stop, or when everything has to be dumped again."""
-        small = self.around.settings.small_round
-        while not self._stop_copy.is_set():
-            batch = await self.call(self.copier.drain)
-            await self._send(batch)
-            if batch.restart:
-                return self.report.warn("more changed during the copy than could be noted: it was begun again")
-            if batch.records:
-                await self._end_round()
-            self._count(began)
-            if batch.records > small:
-                continue
-            if self.state.phase is Phase.COPYING:
-                self.report.lasted("converged", began)
-                self.post(words.Converged())
-            await _within(self._drain_now, self.around.settings.drain_interval_s)
-            self._drain_now.clear()
-        return None
-
-    def _halt_copying(self) -> None:
-        self._stop_copy.set()
-        self._round_done.set()
-        self._drain_now.set()
-
-    async def _stop_copying(self) -> None:
-        """The copy ends after what it is sending; a stream that stands still ends it too."""
-        self._halt_copying()
-        if self._copying is not None and not self._copying.done():
-            await asyncio.wait({self._copying}, timeout=self.around.settings.step_s)
-
-    def _count(self, began: float) -> None:
-        self.report.rounds = self.copier.round
-        self.report.entries = self.copier.records
-        self.report.bytes = self.copier.bytes
-        self.report.rate = self.copier.records / max(time.monotonic() - began, 1e-3)
-
-    async def _send(self, batch: Batch) -> None:
-        if batch.restart:
-            await self._write(pb.FromSource(restart=pb.Empty()))
-        for section in batch.sections:
-            await self._write(pb.FromSource(section=section))
+    def _small_round(self) -> None:
+        if self.state.phase is Phase.COPYING:
+            self.post(words.Converged())
 
     async def _write(self, message: pb.FromSource) -> None:
         if self.stream is None:
             raise PeerLost("no stream to the destination")
         await self.stream.send(message)
-
-    async def _end_round(self) -> None:
-        """Send the round's totals and wait until the destination has loaded it all.
-
-        Not any more once the copy has to stop: what is sent from then on belongs to the last round.
-        """
-        if self._stop_copy.is_set():
-            return
-        total = self.copier.end_round()
-        await self._write(
-            pb.FromSource(round_end=pb.RoundEnd(round=total.round, records=total.records, digest=total.digest))
-        )
-        while self._done_rounds <= total.round and not self._stop_copy.is_set():
-            self._round_done.clear()
-            await self._round_done.wait()
 
     async def _watch(self, _: words.Watch) -> None:
         await self.call(self.ports.idle)  # whatever has to be found or opened for it is from then on
@@ -298,27 +221,11 @@ class SourceEnd(End):
         await self.call(self._hold_for_a_lease)
         self.report.span("hold", "held")
         began = time.monotonic()
-        await self._wait_idle()
+        idle = partial(self.call, self.ports.idle)
+        await wait_idle(idle, lambda: self.state.phase is Phase.HOLDING, self.around.settings, self.report)
         self.report.lasted("idle_wait", began)
-        self._drain_now.set()
+        self.rounds.hurry()
         self.post(words.Held())
-
-    async def _wait_idle(self) -> None:
-        """Until the guest has left nothing unread for a moment; says so where it cannot be had."""
-        settings, began = self.around.settings, time.monotonic()
-        empty_since: float | None = None
-        while self.state.phase is Phase.HOLDING:
-            idle, now = await self.call(self.ports.idle), time.monotonic()
-            if idle is None:
-                return self.report.warn("the guest's queue cannot be looked at: frames in it may be lost")
-            empty_since = (empty_since or now) if idle else None
-            if empty_since is not None and now - empty_since >= settings.idle_s:
-                return None
-            if now - began >= settings.idle_deadline_s:
-                milliseconds = settings.idle_deadline_s * 1e3
-                return self.report.warn(f"the guest did not empty its queue within {milliseconds:.0f} ms")
-            await asyncio.sleep(POLL_S)
-        return None
 
     async def _suspend(self, _: words.Suspend) -> None:
         self.beside("suspend", self._suspend_guest)
@@ -363,15 +270,13 @@ class SourceEnd(End):
             self.report.frames["may_be_lost"] = 2
             self.report.warn("the guest stopped by itself: one or two frames may be lost")
         self.stop_beside("watch")
-        self._halt_copying()
+        self.rounds.halt()
         first = await self.call(self._shut_and_drain)
-        await self._stop_copying()  # what it was sending goes before
+        await self.rounds.halted()  # what it was sending goes before
         for batch in first:
-            await self._send(batch)
+            await self.rounds.send(batch)
         if not first or first[-1].restart:
-            rest = self.copier.rest()
-            while (batch := await self.call(next, rest, None)) is not None:
-                await self._send(batch)
+            await self.rounds.send_rest()
         if action.follow:
             await self.call(self.ports.take)
         self.post(words.Drained())
@@ -396,22 +301,19 @@ class SourceEnd(End):
         self.beside("final", self._send_last)
 
     async def _send_last(self) -> None:
-        total = self.copier.end_round()
-        self._count(self.report.marks.get("held", 0.0))
         self.report.mark("final")
         self.report.span("final", "paused", "final")
-        final = pb.Final(round=total.round, records=total.records, digest=total.digest)
-        await self._write(pb.FromSource(final=final))
+        await self.rounds.send_final()
 
     async def _redirect(self, _: words.Redirect) -> None:
         self.stop_beside("step", "connect", "watch", "ask", "drain", "final")
         self.report.mark("opened")
-        self._halt_copying()
+        self.rounds.halt()
         await self.call(self.ports.redirect, self.order.channel, self.order.destination)
         self.report.span("held_delivered", "opened")
         self.report.span("downtime", "paused", "opened")
         QUIET.end(self.name)
-        await self._stop_copying()
+        await self.rounds.halted()
         self.post(words.Redirected())
 
     async def _settle(self, _: words.Settle) -> None:
@@ -463,12 +365,12 @@ class SourceEnd(End):
 
     async def _resume(self, _: words.Resume) -> None:
         self.stop_beside("step", "connect", "watch", "ask", "drain", "final")
-        self._halt_copying()
+        self.rounds.halt()
         began = time.monotonic()
         await self._resume_ports()
         self.report.lasted("resume", began)
         QUIET.end(self.name)
-        await self._stop_copying()
+        await self.rounds.halted()
         if self._moving_guest and self.state.guest is Guest.RUNNING:
             await self.guests.cancel(self.vm, certain=False)
 
@@ -492,9 +394,3 @@ class SourceEnd(End):
 
     async def _tell(self, action: words.Tell) -> None:
         self.tell(action.what, action.reason)
-
-
-async def _within(event: asyncio.Event, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

@@ -1,15 +1,19 @@
-"""What the source does to the ports of a VM in its switchover, all of them together. Runs in the VM's lane."""
+"""What the source does to the ports of a VM in its switchover, all of them together. `Ports` runs in the VM's lane."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
 from datapath.errors import Error, PortNotFound, StaleEpoch
 from datapath.provider import Driver, PortRef, PortState, Pumped
+from migrator.agent.config import MigrationSection
 from migrator.agent.orders import port_channel
 from migrator.agent.report import Report
 
+POLL_S = 0.0002
 T = TypeVar("T")
 
 
@@ -23,6 +27,26 @@ def each(things: Iterable[T], step: Callable[[T], object]) -> None:
             errors.append(error)
     if errors:
         raise errors[0]
+
+
+async def wait_idle(
+    idle: Callable[[], Awaitable[bool | None]], holding: Callable[[], bool], settings: MigrationSection, report: Report
+) -> None:
+    """Until the guest has left nothing unread for a moment; says so in the report where that cannot be had."""
+    began = time.monotonic()
+    empty_since: float | None = None
+    while holding():
+        empty, now = await idle(), time.monotonic()
+        if empty is None:
+            return report.warn("the guest's queue cannot be looked at: frames in it may be lost")
+        empty_since = (empty_since or now) if empty else None
+        if empty_since is not None and now - empty_since >= settings.idle_s:
+            return None
+        if now - began >= settings.idle_deadline_s:
+            milliseconds = settings.idle_deadline_s * 1e3
+            return report.warn(f"the guest did not empty its queue within {milliseconds:.0f} ms")
+        await asyncio.sleep(POLL_S)
+    return None
 
 
 class Ports:

@@ -1,0 +1,161 @@
+"""The source's rounds over the stream: a dump, then what changed, until little does, then kept so."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from migrator._pb import migrator_pb2 as pb
+from migrator.agent.config import MigrationSection
+from migrator.agent.copying import Batch, Copier, RoundTotal
+from migrator.agent.report import Report
+
+REPORT_S = 0.2
+
+Call = Callable[..., Awaitable[Any]]
+Write = Callable[[pb.FromSource], Awaitable[None]]
+
+
+class Rounds:
+    """`call` runs a function in the VM's lane, `write` gives a message to the stream.
+
+    `small` hears of each small round, `progress` of how far the dump is, now and then.
+    """
+
+    def __init__(
+        self,
+        copier: Copier,
+        report: Report,
+        settings: MigrationSection,
+        *,
+        call: Call,
+        write: Write,
+        small: Callable[[], None],
+        progress: Callable[[], None],
+    ) -> None:
+        self._copier = copier
+        self._report = report
+        self._settings = settings
+        self._call = call
+        self._write = write
+        self._small = small
+        self._progress = progress
+        self._loaded = 0  # rounds that the destination has loaded
+        self._loaded_more = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._began = 0.0
+        self.task: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Until `halt`. Is never cancelled, for what was read from the driver and not sent would be missing."""
+        self._began = time.monotonic()
+        await self._call(self._copier.begin)
+        self._report.lasted("track", self._began)
+        while not self._stop.is_set():
+            await self._dump()
+            await self._drain()
+
+    async def _dump(self) -> None:
+        told = time.monotonic()
+        while not self._stop.is_set():
+            batch: Batch = await self._call(self._copier.chunk)
+            if batch.complete:
+                self._report.times_ms.setdefault("dump", (time.monotonic() - self._began) * 1e3)
+                return await self._end_round()
+            await self.send(batch)
+            if time.monotonic() - told > REPORT_S:
+                told = time.monotonic()
+                self.count()
+                self._progress()
+        return None
+
+    async def _drain(self) -> None:
+        """Returns to stop, or when everything has to be dumped again."""
+        while not self._stop.is_set():
+            batch: Batch = await self._call(self._copier.drain)
+            await self.send(batch)
+            if batch.restart:
+                return self._report.warn("more changed during the copy than could be noted: it was begun again")
+            if batch.records:
+                await self._end_round()
+            self.count()
+            if batch.records > self._settings.small_round:
+                continue
+            self._report.times_ms.setdefault("converged", (time.monotonic() - self._began) * 1e3)
+            self._small()
+            await _within(self._hurry, self._settings.drain_interval_s)
+            self._hurry.clear()
+        return None
+
+    async def _end_round(self) -> None:
+        """Send the round's totals and wait until the destination has loaded it all.
+
+        Not any more once the copy has to stop: what is sent from then on belongs to the last round.
+        """
+        if self._stop.is_set():
+            return
+        total = self._copier.end_round()
+        end = pb.RoundEnd(round=total.round, records=total.records, digest=total.digest)
+        await self._write(pb.FromSource(round_end=end))
+        while self._loaded <= total.round and not self._stop.is_set():
+            self._loaded_more.clear()
+            await self._loaded_more.wait()
+
+    async def send(self, batch: Batch) -> None:
+        """Give a batch to the stream."""
+        if batch.restart:
+            await self._write(pb.FromSource(restart=pb.Empty()))
+        for section in batch.sections:
+            await self._write(pb.FromSource(section=section))
+
+    async def send_rest(self) -> None:
+        """All that is not sent yet, of ports whose tables do not change any more."""
+        rest = self._copier.rest()
+        while (batch := await self._call(next, rest, None)) is not None:
+            await self.send(batch)
+
+    async def send_final(self) -> None:
+        """The last round is complete."""
+        total: RoundTotal = self._copier.end_round()
+        self.count()
+        final = pb.Final(round=total.round, records=total.records, digest=total.digest)
+        await self._write(pb.FromSource(final=final))
+
+    def loaded(self, done: pb.RoundDone) -> None:
+        """The destination has loaded a round."""
+        self._loaded = done.round + 1
+        self._report.not_moved.update(done.rejected)
+        self._loaded_more.set()
+
+    def hurry(self) -> None:
+        """Drain now: the guest is about to stop."""
+        self._hurry.set()
+
+    def halt(self) -> None:
+        """End after what is being sent."""
+        self._stop.set()
+        self._loaded_more.set()
+        self._hurry.set()
+
+    async def halted(self) -> None:
+        """Halt and wait for it; a stream that stands still ends the wait, too."""
+        self.halt()
+        if self.task is not None and not self.task.done():
+            await asyncio.wait({self.task}, timeout=self._settings.step_s)
+
+    def count(self) -> None:
+        """Bring the report up to date."""
+        self._report.rounds = self._copier.round
+        self._report.entries = self._copier.records
+        self._report.bytes = self._copier.bytes
+        self._report.rate = self._copier.records / max(time.monotonic() - self._began, 1e-3) if self._began else 0.0
+
+
+async def _within(event: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
