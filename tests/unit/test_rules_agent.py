@@ -318,6 +318,30 @@ def test_what_the_source_sends_too_late_is_not_counted_against_it(tmp_path: Path
     run(scenario, tmp_path, "a", "b", last_changes_s=0.05)
 
 
+@pytest.mark.parametrize("times", [0, 2], ids=["lost", "doubled"])
+def test_a_section_that_is_lost_or_doubled_is_noticed_before_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    async def scenario(w: World) -> None:
+        w.fill("a", 50)
+        before = w.connections("a")
+        send, first = PeerStream.send, iter([True])
+
+        async def wrong(stream: PeerStream, message: pb.FromSource) -> None:
+            for _ in range(times if message.HasField("section") and next(first, False) else 1):
+                await send(stream, message)
+
+        monkeypatch.setattr(PeerStream, "send", wrong)
+        report = await w.finish(await w.migrate("b"))
+        assert report.outcome == "aborted", report
+        assert "lost or damaged" in report.reason or "they differ" in report.reason, report
+        assert w.connections("a") == before
+        await w.quiet()
+        assert not w.statuses("b")
+
+    run(scenario, tmp_path, "a", "b")
+
+
 def test_a_load_that_breaks_ends_the_migration(tmp_path: Path) -> None:
     async def scenario(w: World) -> None:
         w.fill("a", 50)
