@@ -67,16 +67,22 @@ class Conversations:
 
 
 class Streams:
-    """A numbered UDP stream each way, one datagram every `every_ms`: to the guest (flow 1) and from it (flow 2)."""
+    """A numbered UDP stream each way, one datagram every `every_ms`: to the guest (flow 1) and from it (flow 2).
 
-    def __init__(self, vm: Machine, peer: Machine, every_ms: float = 1.0, *, ipv6: bool = False) -> None:
+    `own`: each end listens on its own address only, for a guest that has several.
+    """
+
+    def __init__(
+        self, vm: Machine, peer: Machine, every_ms: float = 1.0, *, ipv6: bool = False, own: bool = False
+    ) -> None:
         self.ends = (vm.worker("probe"), peer.worker("probe"))  # at the guest, at the peer
         anywhere = "::" if ipv6 else "0.0.0.0"
-        for end in self.ends:
-            end.call("receive", address=anywhere, port=NUMBERS)
+        for end, machine in zip(self.ends, (vm, peer), strict=True):
+            end.call("receive", address=machine.address if own else anywhere, port=NUMBERS)
+        source = {} if own else {"source_port": NUMBERS + 10}
         targets = (peer.address6, vm.address6) if ipv6 else (peer.address, vm.address)
-        self.ends[1].call("send", flow=1, address=targets[1], port=NUMBERS, every_ms=every_ms, source_port=NUMBERS + 10)
-        self.ends[0].call("send", flow=2, address=targets[0], port=NUMBERS, every_ms=every_ms, source_port=NUMBERS + 10)
+        self.ends[1].call("send", flow=1, address=targets[1], port=NUMBERS, every_ms=every_ms, **source)
+        self.ends[0].call("send", flow=2, address=targets[0], port=NUMBERS, every_ms=every_ms, **source)
         self.run_on(30)
 
     def run_on(self, count: int) -> None:
