@@ -29,6 +29,8 @@ INBOUND = 1 << 2
 LEARNED = 1 << 3
 FLAGS = {REPLIED: "REPLIED", ASSURED: "ASSURED", INBOUND: "INBOUND", LEARNED: "LEARNED"}
 
+ALARM_PERCENT = 80  # a table that is fuller is reported to the operator
+
 PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp"}
 
 CONNTRACK = Kind(

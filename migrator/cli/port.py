@@ -7,6 +7,8 @@ from typing import Any
 import click
 
 from datapath.errors import Error
+from datapath.state.conntrack import ALARM_PERCENT
+from datapath.state.drops import NAMES
 from migrator import config
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.apply import apply as apply_command
@@ -104,14 +106,30 @@ def _print(declared_port: pb.Port, status: pb.PortStatus | None) -> None:
         instance = live.pop("instance")
         live.pop("addresses")
         body = {**body, **live, "state": instance["state"], "epoch": instance["epoch"]}
-        body["connections"] = f"{status.connections} of {status.connections_max}"
+        body["connections"] = fullness(status.connections, status.connections_max)
         body.pop("connections_max", None)
     counters, drops = body.pop("counters", {}), body.pop("drops", {})
     print_fields({key: value for key, value in body.items() if value != 0})
-    for title, numbers in (("COUNTER", counters), ("DROPPED BECAUSE", drops)):
-        if numbers:
-            click.echo()
-            print_table((title, "FRAMES" if numbers is drops else ""), sorted(numbers.items()))
+    if counters:
+        click.echo()
+        print_table(("COUNTER", ""), sorted(counters.items()))
+    if drops:
+        click.echo()
+        print_table(("DROPPED BECAUSE", "FRAMES", ""), [(name, drops[name], sentence(name)) for name in sorted(drops)])
+
+
+def fullness(connections: int, room: int) -> str:
+    """How full a connection table is; from ALARM_PERCENT on, what to do about it."""
+    text = f"{connections} of {room}"
+    if room and connections * 100 >= room * ALARM_PERCENT:
+        text += f", nearly full: raise connections_max (alarm from {ALARM_PERCENT} %)"
+    return text
+
+
+def sentence(reason: str) -> str:
+    """What a drop reason means, "" when a newer switch made it up."""
+    known = NAMES.get(reason)
+    return known.sentence if known else ""
 
 
 @port.command("del")

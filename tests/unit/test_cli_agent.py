@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import structlog
 
+from datapath.state.drops import NAMES
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.context import Context
 from migrator.cli.main import cli, run
+from migrator.cli.port import fullness, sentence
 from migrator.cli.trace import line
 from tests.unit.pair import MACS, VM, World, eventually, world
 
@@ -80,6 +82,33 @@ def test_ports_are_shown_with_what_the_agent_counts(play) -> None:
         assert "22" in await shell("acl", "show", MACS[0])
 
     play(scenario)
+
+
+def test_drops_are_shown_with_what_they_mean(play) -> None:
+    async def scenario(w: World, shell: Shell) -> None:
+        ref = next(ref for ref in w.active("a") if ref.mac == MACS[0])
+        w.driver("a")._port(ref).drops.update({"spoof-mac": 3})
+        text = await shell("port", "show", MACS[0])
+        assert "spoof-mac        3       The source MAC is not one of the port's." in text
+        assert (await shell.json("port", "show", MACS[0]))[0]["status"]["drops"] == {"spoof-mac": 3}
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("connections", "shown"),
+    [
+        (79, "79 of 100"),
+        (80, "80 of 100, nearly full: raise connections_max (alarm from 80 %)"),
+    ],
+)
+def test_a_table_that_is_nearly_full_is_said_to_be(connections: int, shown: str) -> None:
+    assert fullness(connections, 100) == shown
+
+
+def test_a_reason_of_a_newer_switch_has_no_sentence() -> None:
+    assert sentence("reason-99") == ""
+    assert all(sentence(name) for name in NAMES)
 
 
 def test_connections_are_listed(play) -> None:

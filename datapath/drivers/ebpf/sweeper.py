@@ -19,10 +19,11 @@ from datapath.drivers.ebpf.noting import l2_dirty_keys
 from datapath.drivers.ebpf.words import Words
 from datapath.errors import DatapathError, KernelError
 from datapath.provider import Event
+from datapath.state.conntrack import ALARM_PERCENT
 
 INTERVAL_S = 5.0
 INTERVAL_MIN_S = 0.2
-ALARM = 0.8
+ALARM = ALARM_PERCENT / 100
 _ALARM_ENDS = 0.7
 _log = logging.getLogger(__name__)
 
