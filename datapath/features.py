@@ -179,21 +179,29 @@ def _object(_: Mapping[str, Any]) -> str:
     return str(btf.OBJECT)
 
 
+_KERNEL = "boot Linux 6.1 or newer (Debian: apt-get install linux-image-amd64 or linux-image-arm64, then reboot)"
+_MODULES = "cloud kernels of Debian lack some modules: linux-image-amd64 has them"
+
 PROBES = (
     Probe("CAP_NET_ADMIN", _capability(12), "run the agent as root or give the capability"),
     Probe("CAP_BPF", _capability(39), "run the agent as root or give the capability"),
     Probe("CAP_PERFMON", _capability(38), "run the agent as root or give the capability"),
     Probe("CAP_SYS_ADMIN", _capability(21), "give it, or mount the bpffs before the agent starts", needed=False),
     Probe("CAP_SYS_PTRACE", _capability(19), "give it, or guests' tap queues cannot be read at a pause", needed=False),
-    Probe("Linux 6.1", _kernel, "boot a kernel of version 6.1 or newer with CONFIG_BPF_SYSCALL"),
+    Probe("Linux 6.1", _kernel, f"{_KERNEL} with CONFIG_BPF_SYSCALL"),
     Probe("BPF JIT", _jit, "CONFIG_BPF_JIT and sysctl net.core.bpf_jit_enable=1"),
-    Probe("BTF", _btf, "boot a kernel of version 6.1 or newer"),
-    Probe("map batch commands", _batches, "boot a kernel of version 6.1 or newer"),
-    Probe("ring buffer", _ring, "boot a kernel of version 6.1 or newer"),
+    Probe("BTF", _btf, _KERNEL),
+    Probe("map batch commands", _batches, _KERNEL),
+    Probe("ring buffer", _ring, _KERNEL),
     Probe("bpffs", _bpffs, "mount -t bpf bpf /sys/fs/bpf, or name another path: option bpffs"),
-    Probe("tcx or clsact", _attach, "Linux 6.6, or CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF", devices=True),
-    Probe("vxlan, external with GBP", _vxlan, "load the vxlan module (CONFIG_VXLAN)", devices=True),
-    Probe("tap with vnet header", _tap, "load the tun module (CONFIG_TUN)", devices=True),
-    Probe("libbpf 1.0", _libbpf, "install libbpf 1.0 or newer (Debian and Ubuntu: libbpf1)"),
-    Probe("BPF programs", _object, "install the wheel, or build them: make bpf"),
+    Probe(
+        "tcx or clsact",
+        _attach,
+        f"modprobe -a sch_ingress cls_bpf (CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_BPF; {_MODULES}), or Linux 6.6",
+        devices=True,
+    ),
+    Probe("vxlan, external with GBP", _vxlan, f"modprobe vxlan (CONFIG_VXLAN; {_MODULES})", devices=True),
+    Probe("tap with vnet header", _tap, f"modprobe tun (CONFIG_TUN; {_MODULES})", devices=True),
+    Probe("libbpf 1.0", _libbpf, "install libbpf 1.0 or newer (Debian and Ubuntu: apt-get install libbpf1)"),
+    Probe("BPF programs", _object, "install the wheel; in a checkout: make bpf (it installs clang-19 and libbpf-dev)"),
 )

@@ -12,6 +12,7 @@ import pytest
 
 from datapath import features
 from datapath.drivers.ebpf import devices, uapi
+from datapath.drivers.ebpf.driver import EbpfDriver
 from datapath.drivers.ebpf.uapi import QueryAttr
 
 WITHOUT = """
@@ -66,6 +67,24 @@ def test_a_probe_that_fails_is_a_missing_feature(monkeypatch: pytest.MonkeyPatch
     assert features.missing(found) == found
     assert "not supported" in found[0].detail
     assert found[0].remedy == "buy one"
+
+
+def test_what_the_switch_runs_without_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_: object) -> None:
+        raise OSError(1, "not permitted")
+
+    monkeypatch.setattr(features, "PROBES", (features.Probe("thing", fails, "buy one", needed=False),))
+    assert EbpfDriver.check({}) == []
+    assert "thing is not there" in caplog.text and "buy one" in caplog.text
+
+
+def test_remedies_name_packages() -> None:
+    remedies = {one.name: one.remedy for one in features.PROBES}
+    assert "apt-get install linux-image-amd64" in remedies["Linux 6.1"]
+    assert "apt-get install libbpf1" in remedies["libbpf 1.0"]
+    assert all("modprobe" in remedies[name] for name in ("vxlan, external with GBP", "tap with vnet header"))
 
 
 def test_attributes_that_the_kernel_writes_are_complete() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from datapath.errors import FeatureMissing, NotReady
 from datapath.provider import Driver, Event, Loaded, Need, Network, Place, PortRef, PortStatus, Pumped
 from datapath.state.kind import Record, Table
 
+_log = logging.getLogger(__name__)
+
 
 class EbpfDriver(Driver):
     """`_structure` is held while ports, networks or hosts are made or taken away; a switchover never waits for it."""
@@ -38,6 +41,9 @@ class EbpfDriver(Driver):
     def check(cls, options: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
         Options.of(options)
         found = features.probe(options)
+        for one in found:
+            if not one.there and not one.needed:
+                _log.warning("%s is not there, the switch runs without: %s", one.name, one.remedy)
         return [(one.name, one.there, one.remedy) for one in found if one.there or one.needed]
 
     def start(self, options: Mapping[str, Any], on_event: Callable[[Event], None]) -> None:
