@@ -125,6 +125,10 @@ def test_a_redirect_follows_the_vm(lab: Lab, underlay: tuple[str, str]) -> None:
     a.send(datagram(B, A))
     assert leave(outside) == (underlay[1], CHANNEL, MODEL.MARK_REDIRECT, datagram(B, A))
     assert lab.counted(2, "redirected") == 1
+    assert not lab.switch.get("ports", "port", 2).redirected, "ports of this host do not keep a redirect in use"
+    arrive(outside, underlay, VNI, 0, datagram(B, REMOTE))
+    assert leave(outside) == (underlay[1], CHANNEL, MODEL.MARK_REDIRECT, datagram(B, REMOTE))
+    assert lab.counted(2, "redirected") == 2
     assert abs(time.monotonic_ns() - lab.switch.get("ports", "port", 2).redirected) < 10**10
 
 
