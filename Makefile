@@ -8,7 +8,7 @@ BPF := datapath/bpf/switch.bpf.o
 BPF_SOURCES := $(wildcard datapath/bpf/*.bpf.c datapath/bpf/lib/*.h)
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
-.PHONY: help setup packages test lint demo bench build generate bpf clean lock format test-%
+.PHONY: help setup packages test lint demo bench build generate bpf clean lock format test-% test-oldest-kernel
 
 help:  ## this list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -43,6 +43,9 @@ test: setup  ## all tests (root)
 
 test-%: setup  ## the tests of one folder: make test-unit, test-bpf, test-netns, ...
 	@$(BIN)/python -m pytest tests/$* $(ARGS)
+
+test-oldest-kernel: setup  ## the same on Linux 6.1 in an emulated machine, slowly: ARGS="tests/bpf -k uplink"
+	@tools/oldest_kernel.py $(BIN)/python -m pytest -p no:cacheprovider $(or $(ARGS),tests/netns/test_driver_forward.py)
 
 demo: setup  ## move a VM between two hosts under traffic and show what happened (root); JSON=1, PLOT=file.svg
 	@$(BIN)/migrator demo $(if $(JSON),--json) $(if $(PLOT),--plot $(PLOT))

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from datapath.drivers.ebpf.attach import ClsactAttachments, Direction, has_tcx
+
 from .frames import address, mac, mac_bytes
 from .harness import Switch
 from .model import MODEL
@@ -180,8 +182,13 @@ class Lab:
         self._stack.close()
 
     def attach(self, program: str, ifindex: int, hook: int) -> None:
-        link = tcx_attach(self.switch.programs[program], ifindex, hook)
-        self._stack.callback(os.close, link)
+        """By a tcx link, or where the kernel has none by a filter, which goes with the device."""
+        fd = self.switch.programs[program]
+        if has_tcx():
+            self._stack.callback(os.close, tcx_attach(fd, ifindex, hook))
+        else:
+            direction = Direction.INGRESS if hook == TCX_INGRESS else Direction.EGRESS
+            ClsactAttachments("test").attach(ifindex, direction, fd)
 
     def veth(self, own_mac: str = "") -> tuple[int, Wire]:
         """A pair: ifindex of the switch's end, and its far end."""
