@@ -58,7 +58,7 @@ def test_a_hundred_thousand_connections(world: World, route: tuple[str, ...]) ->
     )
     before = background(world, "h1", vm)
     outside.call("blast", **{k: v for k, v in vars(newcomers).items() if k not in ("sent", "began", "made")})
-    reports = world.follow(vm, route)
+    reports = world.follow(vm, route, within_s=10.0)
     assert all(report.moved["conntrack"] >= BACKGROUND for report in reports)
     assert not any(report.not_moved for report in reports)
     after = background(world, route[-1], vm)
