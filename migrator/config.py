@@ -25,6 +25,7 @@ VLAN_MAX = 4094  # IEEE 802.1Q: 4095 is reserved
 VNI_MAX = (1 << 24) - 1  # RFC 7348
 MTU_MIN = 68  # RFC 791
 MTU_MAX = 65521  # a tap's largest
+MTU_DEFAULT = 1500  # of a network that names none
 DEVICE_LENGTH_MAX = 15  # IFNAMSIZ without its terminator
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")

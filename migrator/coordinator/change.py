@@ -268,12 +268,23 @@ def _check_port(after: Catalog, key: str, port: pb.Port) -> None:
     for name in networks_of(port):
         if name not in after.networks:
             raise ConfigInvalid(f"port {key}: there is no network {name}")
+    _check_mtu(after, key, port)
     if port.policy and port.policy not in after.policies:
         raise ConfigInvalid(f"port {key}: there is no policy {port.policy}")
     if not port.host:
         raise ConfigInvalid(f"port {key}: host is missing", hint="name the host where the VM is")
     if not device_at(port, port.host):
         raise ConfigInvalid(f"port {key}: no device on host {port.host}", hint="give device, or devices with that host")
+
+
+def _check_mtu(after: Catalog, key: str, port: pb.Port) -> None:
+    """A host refuses such a port when it comes to it: the VM could not move."""
+    carried = {name: after.networks[name].mtu or config.MTU_DEFAULT for name in networks_of(port)}
+    mtu = port.mtu or carried[port.network]
+    for name in carried:
+        if mtu > carried[name]:
+            hint = f"give the port an mtu of at most {carried[name]}, or the network a larger one"
+            raise ConfigInvalid(f"port {key}: MTU {mtu}, and network {name} carries {carried[name]}", hint=hint)
 
 
 def _check_vms(after: Catalog, planned: Planned) -> None:

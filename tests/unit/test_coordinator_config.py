@@ -125,6 +125,14 @@ def test_instance_that_a_lost_journal_knew_is_taken_over(store: Store) -> None:
         (pb.Config(ports=[port(mac="52:54:00:00:00:01", network="red")]), "no network red"),
         (pb.Config(ports=[port(mac="52:54:00:00:00:01", policy="none")]), "no policy none"),
         (pb.Config(ports=[port(mac="52:54:00:00:00:01", trunk={5: "red"})]), "no network red"),
+        (pb.Config(ports=[port(mac="52:54:00:00:00:01", mtu=1501)]), "MTU 1501, and network blue carries 1500"),
+        (
+            pb.Config(
+                networks=[pb.Network(name="over", kind="overlay", vni=9, mtu=1450)],
+                ports=[port(mac="52:54:00:00:00:01", trunk={5: "over"})],
+            ),
+            "MTU 1500, and network over carries 1450",
+        ),
         (pb.Config(ports=[port(mac="52:54:00:00:00:01", host="h2")]), "a VM is on one host"),
         (pb.Config(ports=[port(OTHER_VM, "52:54:00:00:00:01", host="")]), "host is missing"),
         (pb.Config(ports=[port(OTHER_VM, "52:54:00:00:00:01", device="")]), "no device on host h1"),
