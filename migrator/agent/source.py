@@ -28,6 +28,7 @@ from migrator.lifecycle.machine import Action, Event, Guest, Role
 from migrator.lifecycle.source_words import Phase
 
 ETHERNET = 14
+PROBE_FIRST_S = 0.2
 RESUME_TRIES = 3
 ABORT_S = 1.0
 MEMORY_POLL_S = 0.005
@@ -119,18 +120,20 @@ class SourceEnd(End):
         self.beside("step", self._probe_path)
 
     async def _probe_path(self) -> None:
+        """Several times: the first frame may be lost to an address that has to be resolved first."""
         size = ETHERNET + await self.call(self.ports.mtu)
         host, channel = self.order.destination, self.order.channel
-        seconds = self.around.settings.probe_s
-        began = time.monotonic()
-        # Not in the lane: the far end may be slow, and the ports go on meanwhile.
-        if not await asyncio.to_thread(self.driver.probe_path, channel, host, size, seconds):
-            raise MigrationError(
-                f"no frame of {size} bytes comes back from {host}",
-                hint="the underlay's MTU has to carry full-size frames with 50 bytes of VXLAN around them",
-            )
-        self.report.lasted("probe", began)
-        self.post(words.Probed())
+        began, wait = time.monotonic(), PROBE_FIRST_S
+        while (left := began + self.around.settings.probe_s - time.monotonic()) > 0:
+            # Not in the lane: the far end may be slow, and the ports go on meanwhile.
+            if await asyncio.to_thread(self.driver.probe_path, channel, host, size, min(wait, left)):
+                self.report.lasted("probe", began)
+                return self.post(words.Probed())
+            wait *= 2
+        raise MigrationError(
+            f"no frame of {size} bytes comes back from {host}",
+            hint="the underlay's MTU has to carry full-size frames with 50 bytes of VXLAN around them",
+        )
 
     async def _connect(self, _: words.Connect) -> None:
         self.beside("connect", self._connect_until_there)
@@ -171,11 +174,7 @@ class SourceEnd(End):
             self.post(words.PeerFailed(message.failed.message))
 
     def _peer_committed(self, committed: pb.Committed) -> None:
-        self.report.mark("committed")
-        self.report.span("committed", "paused", "committed")
-        self.report.moved.update(committed.moved)
-        self.report.not_moved.clear()
-        self.report.not_moved.update(committed.not_moved)
+        self.report.commit(committed)
         self.post(words.PeerCommitted())
 
     async def _copy(self, _: words.Copy) -> None:
@@ -358,13 +357,17 @@ class SourceEnd(End):
             pause = min(pause * 2, 2.0)
 
     async def _cancel(self, action: words.Cancel) -> None:
-        if await self.guests.cancel(self.vm, certain=action.certain):
+        """Beside the actions: the guest may run here long before its hypervisor answers."""
+        self.beside("cancel", lambda: self._cancel_move(certain=action.certain))
+
+    async def _cancel_move(self, *, certain: bool) -> None:
+        if await self.guests.cancel(self.vm, certain=certain):
             self.post(words.GuestResumed())
         else:
             self.post(words.CancelFailed())
 
     async def _resume(self, _: words.Resume) -> None:
-        self.stop_beside("step", "connect", "watch", "ask", "drain", "final")
+        self.stop_beside("step", "connect", "watch", "ask", "drain", "final", "cancel")
         self.rounds.halt()
         began = time.monotonic()
         await self._resume_ports()

@@ -87,6 +87,30 @@ def test_a_peer_that_reads_nothing_does_not_keep_the_guest_waiting(
     run(scenario, tmp_path, "a", "b", step_s=20.0)
 
 
+def test_a_hypervisor_that_is_slow_to_cancel_does_not_keep_the_guest_waiting(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        w.hypervisor.downtime_s = 30.0
+        side: Any = w.agents["a"].guests
+        asked = asyncio.Event()
+
+        async def cancel(vm: str, *, certain: bool) -> bool:
+            assert vm == VM and certain in (True, False)
+            asked.set()
+            await asyncio.Event().wait()
+            return False
+
+        side.cancel = cancel
+        migration = await w.migrate("b")
+        await reach(w, "a", "final", "committed")
+        w.cluster.migrations.abort(migration)
+        await asyncio.wait_for(asked.wait(), 5.0)
+        w.hypervisor.moving = ""
+        w.hypervisor.resume("a", "cancelled")
+        await eventually(lambda: len(w.active("a")) == len(MACS), 1.0)
+
+    run(scenario, tmp_path, "a", "b")
+
+
 def test_a_full_disk_does_not_keep_the_guest_waiting(tmp_path: Path) -> None:
     async def scenario(w: World) -> None:
         w.hypervisor.downtime_s = 30.0
@@ -109,6 +133,7 @@ def test_what_is_not_journalled_is_not_promised(tmp_path: Path) -> None:
     """A source that cannot write down that the destination may commit does not let it."""
 
     async def scenario(w: World) -> None:
+        w.hypervisor.downtime_s = 1.0  # it can still be had back
         store: Any = w.agents["a"].store
         save = store.save_end
 
