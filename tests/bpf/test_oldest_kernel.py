@@ -27,7 +27,7 @@ def _programs() -> list[str]:
 @pytest.mark.timeout(_BOOTED_S + 60)
 def test_the_switch_runs_on_the_oldest_kernel() -> None:
     guest = [sys.executable, "-m", "tests.bpf.oldest_kernel_guest"]
-    command = [sys.executable, TOOL, "--deadline", str(_BOOTED_S), *guest]
+    command = [sys.executable, str(TOOL), "--deadline", str(_BOOTED_S), *guest]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_BOOTED_S + 30)
     if done.returncode == _UNAVAILABLE:
         pytest.skip(done.stderr.strip())
