@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -81,14 +81,22 @@ class Link:
             outgoing: asyncio.Queue[pb.FromAgent] = asyncio.Queue()
             outgoing.put_nowait(pb.FromAgent(hello=await self._hello()))
             stub: Any = rpc.CoordinatorStub(channel)  # type: ignore[no-untyped-call]
-            async for message in stub.Attach(_messages(outgoing)):
-                if self._outgoing is None:
-                    self._outgoing = outgoing
-                    self._log.info("coordinator attached", address=self._address)
-                    self._attached()
-                await self._take(message)
+            call = stub.Attach()
+            writer = asyncio.create_task(_write(call, outgoing))
+            try:
+                async for message in call:
+                    if self._outgoing is None:
+                        self._outgoing = outgoing
+                        self._log.info("coordinator attached", address=self._address)
+                        self._attached()
+                    await self._take(message)
+            finally:
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+                call.cancel()
 
 
-async def _messages(queue: asyncio.Queue[pb.FromAgent]) -> AsyncIterator[pb.FromAgent]:
+async def _write(call: Any, queue: asyncio.Queue[pb.FromAgent]) -> None:
+    """Until the stream breaks, which its reader notices."""
     while True:
-        yield await queue.get()
+        await call.write(await queue.get())

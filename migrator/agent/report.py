@@ -49,6 +49,12 @@ class Report:
         """Milliseconds since `began` (time.monotonic) as the time of a part."""
         self.times_ms[name] = (time.monotonic() - began) * 1e3
 
+    def commit(self, committed: pb.Committed) -> None:
+        """The destination's word: what it has, and what it could not take."""
+        self.mark("committed")
+        self.span("committed", "paused", "committed")
+        self.moved, self.not_moved = Counter(committed.moved), Counter(committed.not_moved)
+
     def message(self, phase: str) -> pb.Migration:
         return pb.Migration(
             id=self.id,
