@@ -7,6 +7,8 @@ Everything runs in network namespaces of this machine and is gone at the end.
 from __future__ import annotations
 
 import json as formats
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,6 +64,7 @@ def main(
 ) -> int:
     """Run it, print the table (or one JSON object); 0 when nothing was lost with state and much without."""
     console = Console(stderr=json)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves by the same door
     network = {"name": NETWORK, "kind": "uplink", "vlan": 0, "uplink": "up0"}
     console.print(f"two hosts, one VM, {connections} connections, {entries} background entries, default-drop policy")
     with Cluster(("h1", "h2"), [network], migration_options={"redirect_idle_s": 1.0}) as cluster:

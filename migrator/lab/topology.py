@@ -19,10 +19,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from migrator.lab import netns
+from migrator.lab.errors import LabError
 from migrator.lab.processes import Worker
 
 UPLINK = "up0"
 UNDERLAY_MTU = 1600
+DIRECTORY = "mglab-"
 _labs = itertools.count()
 
 
@@ -37,7 +39,7 @@ class Lab:
         self.workers: list[Worker] = []
 
     def __enter__(self) -> Self:
-        netns.sweep()
+        sweep()
         with contextlib.ExitStack() as undo:
             self.stack = undo
             self._build()
@@ -50,7 +52,7 @@ class Lab:
         self.stack.close()
 
     def _build(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="mglab-"))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"{DIRECTORY}{os.getpid()}-"))
         self.stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
         self.namespace("fabric")
         netns.ip_batch(self.name("fabric"), ["link add br0 type bridge", f"link set br0 mtu {UNDERLAY_MTU} up"])
@@ -136,6 +138,18 @@ class Lab:
     def cut(self, host: str, *, off: bool = True) -> None:
         """Pull a host's uplink out of the fabric, or plug it in again."""
         netns.ip("link", "set", host, "down" if off else "up", namespace=self.name("fabric"))
+
+
+def sweep() -> None:
+    """Remove what labs left whose process was killed: namespaces with all that runs in them, mounts, directories."""
+    netns.sweep()
+    for directory in Path(tempfile.gettempdir()).glob(f"{DIRECTORY}*-*"):
+        maker = directory.name.removeprefix(DIRECTORY).partition("-")[0]
+        if maker.isdigit() and not Path("/proc", maker).exists():
+            for mounted in directory.glob("*/bpf"):
+                with contextlib.suppress(LabError):  # not mounted any more
+                    netns.run(["umount", "-l", str(mounted)])
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _letters(number: int) -> str:
