@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What each wire carried during a move, frame by frame: captures at the guest, the peer, both taps and both uplinks."""
+"""What each wire carried during a move, frame by frame: captures at the guest, the peer, both taps and two uplinks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from migrator.lab import oracle
 from migrator.lab.processes import Worker, wait_until
+from migrator.lab.topology import UPLINK
 from migrator.lab.workers.probe import FORMAT, MAGIC
 
 from .traffic import Streams
@@ -31,7 +32,8 @@ def test_every_frame_on_every_wire(world: World, network: str) -> None:
     streams = Streams(vm, peer)
     guest, outside = vm.worker("raw"), peer.worker("raw")
     wires = {"guest": guest, "peer": outside, "h1": _tap(world, vm, "h1")}
-    for wire in wires.values():
+    uplinks = {host: _tap(world, vm, host, UPLINK) for host in ("h1", "h3")}
+    for wire in (*wires.values(), *uplinks.values()):
         wire.call("capture")
     to, back = streams.sent(1), streams.sent(2)
     reports = world.cluster.migration(vm, "h2")
@@ -51,10 +53,15 @@ def test_every_frame_on_every_wire(world: World, network: str) -> None:
     assert source + destination == sent, "each frame goes to one of the taps, the source's first"
     assert source and destination
     assert Counter(numbers(guest, 1, "in", to)) == Counter(sent)
+    assert numbers(uplinks["h3"], 1, "out", to) == sent, "once, whatever network it is"
+    redirected = numbers(uplinks["h1"], 1, "out", to)
+    assert numbers(uplinks["h1"], 1, "in", to) == source + redirected, "what the source did not deliver it passed on"
+    assert redirected and redirected == destination[: len(redirected)]
     answers = numbers(guest, 2, "out", back)
     assert numbers(wires["h1"], 2, "in", back) + numbers(wires["h2"], 2, "in", back) == answers
     assert numbers(outside, 2, "in", back) == answers
 
 
-def _tap(world: World, vm, host: str) -> Worker:  # type: ignore[no-untyped-def]
-    return world.cluster.worker(host, "raw", {"device": vm.ports[0].devices[host]}, name=f"{vm.name}-tap-{host}")
+def _tap(world: World, vm, host: str, device: str = "") -> Worker:  # type: ignore[no-untyped-def]
+    device = device or vm.ports[0].devices[host]
+    return world.cluster.worker(host, "raw", {"device": device}, name=f"{vm.name}-{device}-{host}")
