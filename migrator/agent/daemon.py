@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -63,6 +64,7 @@ class Agent:
         self.peer = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._servers: list[Any] = []
+        self._socket: Path | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
 
@@ -101,6 +103,7 @@ class Agent:
         await local.start()
         socket.chmod(0o660)
         self._servers.append(local)
+        self._socket = socket
 
     async def stop(self) -> None:
         """Let go of everything; ports keep passing frames and migrations in hand are taken up at the next start."""
@@ -113,7 +116,8 @@ class Agent:
         await asyncio.to_thread(self.around.close)
         await asyncio.to_thread(self.driver.stop)
         self.store.close()
-        self.config.agent.socket.unlink(missing_ok=True)
+        if self._socket is not None:  # it may be another agent's as long as we have not made it
+            self._socket.unlink(missing_ok=True)
         self._log.info("agent stopped", host=self.host)
 
     def _go(self, work: Coroutine[Any, Any, None]) -> None:

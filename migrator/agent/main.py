@@ -36,8 +36,8 @@ async def _run(config: AgentConfig) -> None:
     if config.agent.metrics_port:
         start_http_server(config.agent.metrics_port, addr="127.0.0.1")
     agent = Agent(config)
-    await agent.start()
     try:
+        await agent.start()
         await stopped.wait()
     finally:
         await agent.stop()

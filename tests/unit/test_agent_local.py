@@ -10,14 +10,16 @@ from typing import Any
 import grpc
 import pytest
 
+from datapath.drivers.dummy import DummyDriver
 from datapath.state.kind import Table
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent.config import read_config
+from migrator.agent.daemon import Agent
 from migrator.coordinator.rpc import received
 from migrator.errors import ConfigInvalid
 from migrator.snapshot import decode_section
-from tests.unit.pair import MACS, VM, World, connections, eventually, world
+from tests.unit.pair import MACS, VM, Side, World, connections, eventually, world
 
 
 async def chunks(data: bytes, head: pb.RestoreHead | None = None) -> AsyncIterator[pb.RestoreChunk]:
@@ -151,3 +153,17 @@ def test_driver_options_stand_beside_its_name(tmp_path: Path) -> None:
     assert (config.driver.name, config.driver.all_options) == ("dummy", {"ports_max": 3, "fabric": "x"})
     with pytest.raises(ConfigInvalid, match="no-such"):
         read_config(tmp_path / "no-such.toml")
+
+
+def test_a_second_agent_of_the_host_leaves_the_first_one_alone(tmp_path: Path) -> None:
+    async def test(w: World, stub: Any) -> None:
+        first = w.agents["a"]
+        second = Agent(first.config, driver=DummyDriver(), guests=Side(w.hypervisor, "a"))
+        with pytest.raises(ConfigInvalid, match=r"agent\.listen"):
+            try:
+                await second.start()
+            finally:
+                await second.stop()
+        assert (await stub.Status(pb.Empty())).ports == 2
+
+    scenario(tmp_path, test)
