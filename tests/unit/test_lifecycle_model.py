@@ -466,7 +466,7 @@ def _way(came: dict[World, tuple[World | None, str]], w: World | None) -> str:
         Budget(self_stops=1, returns=1),
         Budget(aborts=1, returns=1),
         Budget(breaks=1, returns=1),
-        Budget(breaks=1, self_stops=1),
+        pytest.param(Budget(breaks=1, self_stops=1), marks=pytest.mark.slow),
         Budget(crashes=1),
         Budget(hypervisor=False, aborts=1, breaks=1),
         Budget(hypervisor=False, crashes=1),
