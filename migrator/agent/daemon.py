@@ -118,7 +118,8 @@ class Agent:
         self.store.close()
         if self._socket is not None:  # it may be another agent's as long as we have not made it
             self._socket.unlink(missing_ok=True)
-        self._log.info("agent stopped", host=self.host)
+        if self._socket is not None:
+            self._log.info("agent stopped", host=self.host)
 
     def _go(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
