@@ -34,6 +34,7 @@ QEMU = "qemu-system-x86_64"
 VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
 BUSYBOX = Path("/bin/busybox")
 BOOT_MODULES = ("virtio_pci", "virtiofs", "overlay")  # before there is a root; the kernel asks for the others itself
+_DIRECTORIES = ("bin", "checkout", "dev", "host", "lib", "modules", "over", "proc", "root")
 MEMORY = "1536M"
 EX_UNAVAILABLE, TIMED_OUT = 69, 124
 _SOCKET_S = 10
@@ -51,7 +52,9 @@ mount -t proc proc /root/proc
 mount -t sysfs sysfs /root/sys
 mount -t devtmpfs devtmpfs /root/dev
 mkdir /root/dev/net && mknod /root/dev/net/tun c 10 200
+mount --bind /root{root} /checkout
 for directory in tmp run var/tmp; do mount -t tmpfs tmpfs /root/$directory; done
+mkdir -p /root{root} && mount --bind /checkout /root{root}
 ip link set lo up
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp NO_COLOR=1 PYTHONDONTWRITEBYTECODE=1
 chroot /root /bin/sh -c {command}
@@ -181,13 +184,14 @@ def _initrd(kernel: Path, command: str) -> bytes:
     """An archive with busybox, the modules that reach the file system, and an init that runs the command."""
     (modules,) = (kernel / "lib" / "modules").iterdir()
     needed = _with_dependencies(modules)
-    parts = [_entry(name, 0o40755) for name in ("bin", "dev", "host", "lib", "modules", "over", "proc", "root")]
+    parts = [_entry(name, 0o40755) for name in _DIRECTORIES]
     parts.append(_entry("dev/console", 0o20600, device=(5, 1)))
     parts.append(_entry("bin/busybox", 0o100755, BUSYBOX.read_bytes()))
     parts.append(_entry("lib/modules", 0o120777, f"/host{modules.parent}".encode()))
     parts += [_entry(f"modules/{one.name}", 0o100644, one.read_bytes()) for one in needed]
     insert = "\n".join(f"insmod /modules/{one.name}" for one in needed)
-    parts.append(_entry("init", 0o100755, _INIT.format(insert=insert, command=shlex.quote(command)).encode()))
+    filled = {"insert": insert, "command": shlex.quote(command), "root": shlex.quote(str(ROOT))}
+    parts.append(_entry("init", 0o100755, _INIT.format(**filled).encode()))
     return b"".join([*parts, _entry("TRAILER!!!", 0)])
 
 

@@ -98,7 +98,7 @@ class Wire:
     """The far end of a device: what a guest, or the physical network, sends and sees."""
 
     def __init__(self, name: str) -> None:
-        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # hears nothing before it is bound
         self._socket.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
         self._socket.bind((name, _ETH_P_ALL))
 

@@ -36,7 +36,7 @@ def raw(guest: Guest) -> socket.socket:
     """Every frame of the guest's device, with what tags it has."""
 
     def make() -> socket.socket:
-        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # hears nothing before it is bound
         made.bind(("eth0", 3))
         made.settimeout(5)
         made.setsockopt(263, 8, 1)  # SOL_PACKET, PACKET_AUXDATA: the tag that the kernel took off
