@@ -66,7 +66,7 @@ def test_answers_pass_by_state_alone(world: World, route: tuple[str, ...], ipv6:
 
 @pytest.mark.parametrize("side", [GUEST, PEER], ids=["from the guest", "to the guest"])
 @pytest.mark.parametrize("ipv6", [False, True], ids=["IPv4", "IPv6"])
-def test_fragments_cut_by_the_move(world: World, side: bool, ipv6: bool) -> None:
+def test_fragments_cut_by_the_move(world: World, route: tuple[str, ...], side: bool, ipv6: bool) -> None:
     """The first fragment passes before the move, the rest after it: nothing but the record of the first lets them."""
     vm, peer = world.vm("h1"), world.peer("h3")
     wire = Wire(vm, peer)
@@ -76,7 +76,7 @@ def test_fragments_cut_by_the_move(world: World, side: bool, ipv6: bool) -> None
     rest = wire.ip(side, frames.UDP, datagram[1024:], ipv6=ipv6, identifier=4711, offset=1024)
     orphan = wire.ip(side, frames.UDP, datagram[1024:], ipv6=ipv6, identifier=4712, offset=1024)
     wire.pass_through(side, first)
-    world.move(vm, "h2")
+    world.follow(vm, route)
     assert wire.blocked(side, orphan, rest)
 
 

@@ -100,17 +100,20 @@ def _came(guest) -> set[int]:  # type: ignore[no-untyped-def]
     return {int(frame[-8:], 16) for _, way, frame in found if way == "in"}
 
 
-def test_ten_at_once(world: World) -> None:
-    """Five VMs each way at the same time; none loses anything."""
+def test_ten_at_once(world: World, route: tuple[str, ...]) -> None:
+    """Five VMs each way at the same time, and back; none loses anything."""
     peer = world.peer("h3")
     vms = [world.vm("h1" if n % 2 else "h2", behaviour={"memory_ms": 300}) for n in range(10)]
     talks = [Conversations.begin(vm, peer, inbound=0, outbound=10, every_ms=100) for vm in vms[:1]]
     talks += [_more(vm, peer) for vm in vms[1:]]
     streams = Streams(vms[0], peer, every_ms=5)
-    with ThreadPoolExecutor(10) as pool:
-        moves = [pool.submit(world.cluster.migrate, vm, "h2" if vm.host == "h1" else "h1") for vm in vms]
-        reports = [move.result() for move in moves]
-    assert [report.outcome for report in reports] == ["complete"] * 10, [r.reason for r in reports]
+    other = {"h1": "h2", "h2": "h1"}
+    for host in route:
+        with ThreadPoolExecutor(10) as pool:
+            ways = [(vm, other[vm.host] if host == "h2" else vm.host) for vm in vms]
+            moves = [pool.submit(world.cluster.migrate, vm, to) for vm, to in ways]
+            reports = [move.result() for move in moves]
+        assert [report.outcome for report in reports] == ["complete"] * 10, [r.reason for r in reports]
     for talk in talks:
         talk.assert_whole()
     streams.assert_perfect()
