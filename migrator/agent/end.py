@@ -6,6 +6,7 @@ goes on beside them and comes back as an event. Calls of the driver go through t
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import time
@@ -85,7 +86,7 @@ class Surroundings:
         return await asyncio.get_running_loop().run_in_executor(self.lane(vm), function, *arguments)
 
 
-class End:
+class End(abc.ABC):
     """Base of SourceEnd and DestinationEnd."""
 
     role: Role
@@ -107,24 +108,24 @@ class End:
 
     # ---- to be said by each end ----
 
-    def _step(self, event: Event) -> tuple[Any, tuple[Action, ...]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _step(self, event: Event) -> tuple[Any, tuple[Action, ...]]: ...
 
-    def _handlers(self) -> Mapping[type[Action], Callable[[Any], Coroutine[Any, Any, None]]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _handlers(self) -> Mapping[type[Action], Callable[[Any], Coroutine[Any, Any, None]]]: ...
 
-    def _failure(self, reason: str) -> Event:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _failure(self, reason: str) -> Event: ...
 
-    def _timeout(self) -> Event:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _timeout(self) -> Event: ...
 
-    def _deadline_s(self) -> float | None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _deadline_s(self) -> float | None: ...
 
+    @abc.abstractmethod
     def _facts(self) -> dict[str, Any]:
         """What a restarted agent needs beside the state."""
-        raise NotImplementedError
 
     @property
     def over(self) -> bool:
