@@ -27,7 +27,7 @@ class AgentSide(Protocol):
         """
 
     async def withdraw(self, vm: str) -> None:
-        """The VM is no more here: its ports and all of their state go. Nothing when it has moved on. Raises PeerLost."""
+        """The VM is no more here: its ports and their state go. Nothing when it has moved on. Raises PeerLost."""
 
     def bring(self, vm: str) -> AsyncIterator[pb.Migration]:
         """Have the state of a VM follow a move to this host that the hypervisor makes: the migration's reports.
