@@ -26,15 +26,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / ".cache" / "oldest-kernel"
-META_PACKAGE = "linux-image-cloud-amd64"
-VERSION = "6.1"
+from guest_kernel import BUSYBOX, ROOT, Unavailable, archive, entry, image, insertions, kernel, module_entries, modules
+
 QEMU = "qemu-system-x86_64"
 VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
-BUSYBOX = Path("/bin/busybox")
 BOOT_MODULES = ("virtio_pci", "virtiofs", "overlay")  # before there is a root; the kernel asks for the others itself
-_DIRECTORIES = ("bin", "checkout", "dev", "host", "lib", "modules", "over", "proc", "root")
+_DIRECTORIES = ("bin", "checkout", "dev", "host", "lib", "over", "proc", "root")
 MEMORY = "1536M"
 EX_UNAVAILABLE, TIMED_OUT = 69, 124
 _SOCKET_S = 10
@@ -63,10 +60,6 @@ poweroff -f
 """
 
 
-class Unavailable(Exception):
-    """Something that the machine needs is not here."""
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--deadline", type=float, default=1800, metavar="SECONDS", help="of the whole run")
@@ -81,12 +74,13 @@ def main() -> int:
 
 def run(command: list[str], deadline_s: float) -> int:
     """Boot, run the command at the root of the checkout with its output on stdout, power off. Returns its exit code."""
-    kernel = _kernel()
+    _prerequisites()
+    release = kernel()
     with tempfile.TemporaryDirectory(prefix="oldest-kernel-") as name:
         directory = Path(name)
-        (directory / "initrd").write_bytes(_initrd(kernel, f"cd {shlex.quote(str(ROOT))} && {shlex.join(command)}"))
+        (directory / "initrd").write_bytes(_initrd(release, f"cd {shlex.quote(str(ROOT))} && {shlex.join(command)}"))
         with _shared_root(directory / "fs"):
-            machine = subprocess.Popen(_qemu(kernel, directory), stdin=subprocess.DEVNULL)
+            machine = subprocess.Popen(_qemu(release, directory), stdin=subprocess.DEVNULL)
             try:
                 machine.wait(deadline_s)
             except subprocess.TimeoutExpired:
@@ -100,11 +94,11 @@ def run(command: list[str], deadline_s: float) -> int:
     return int(status)
 
 
-def _qemu(kernel: Path, directory: Path) -> list[str]:
+def _qemu(release: Path, directory: Path) -> list[str]:
     arguments = f"""{QEMU} -nodefaults -no-user-config -display none -no-reboot -machine q35 -accel tcg -cpu max -smp 1
         -m {MEMORY} -object memory-backend-memfd,id=memory,size={MEMORY},share=on -numa node,memdev=memory
         -chardev socket,id=fs,path={directory}/fs -device vhost-user-fs-pci,chardev=fs,tag=host
-        -serial stdio -serial file:{directory}/status -kernel {next((kernel / "boot").glob("vmlinuz-*"))}
+        -serial stdio -serial file:{directory}/status -kernel {image(release)}
         -initrd {directory}/initrd"""
     return [*arguments.split(), "-append", "console=ttyS0 quiet panic=-1 mitigations=off"]
 
@@ -127,11 +121,8 @@ def _shared_root(socket: Path) -> Iterator[None]:
             server.wait()
 
 
-# ---- the kernel ----
-
-
-def _kernel() -> Path:
-    """The unpacked package, its modules indexed. Raises Unavailable."""
+def _prerequisites() -> None:
+    """Raises Unavailable."""
     if os.geteuid() != 0:
         raise Unavailable("needs root, to share the file system with the machine")
     if os.uname().machine != "x86_64":
@@ -139,88 +130,18 @@ def _kernel() -> Path:
     for path, package in ((shutil.which(QEMU), "qemu-system-x86"), (VIRTIOFSD, "qemu-system-common")):
         if path is None or not Path(path).exists():
             raise Unavailable(f"install {package}")
-    if not BUSYBOX.exists():
-        raise Unavailable("install busybox-static")
-    there = sorted(CACHE.glob(f"linux-image-{VERSION}.*"))
-    return there[-1] if there else _download()
 
 
-def _download() -> Path:
-    package = _package()
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="new-", dir=CACHE) as name:
-        directory = Path(name)
-        _output("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package, cwd=directory)
-        (archive,) = directory.glob("*.deb")
-        unpacked = directory / package
-        _output("dpkg-deb", "-x", str(archive), str(unpacked))
-        release = package.removeprefix("linux-image-")
-        _output(str(BUSYBOX), "depmod", "-b", str(unpacked), release)
-        with contextlib.suppress(OSError):  # another run was faster
-            unpacked.rename(CACHE / package)
-    return CACHE / package
-
-
-def _package() -> str:
-    """Name of the kernel's package: the meta package depends on it."""
-    for line in _output("apt-cache", "depends", META_PACKAGE).splitlines():
-        name = line.partition("Depends: ")[2]
-        if name.startswith(f"linux-image-{VERSION}."):
-            return name
-    raise Unavailable(f"{META_PACKAGE} of this distribution is not Linux {VERSION}, or apt-get update is due")
-
-
-def _output(*command: str, cwd: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        raise Unavailable(f"{command[0]}: {done.stderr.strip()}")
-    return done.stdout
-
-
-# ---- what boots ----
-
-
-def _initrd(kernel: Path, command: str) -> bytes:
+def _initrd(release: Path, command: str) -> bytes:
     """An archive with busybox, the modules that reach the file system, and an init that runs the command."""
-    (modules,) = (kernel / "lib" / "modules").iterdir()
-    needed = _with_dependencies(modules)
-    parts = [_entry(name, 0o40755) for name in _DIRECTORIES]
-    parts.append(_entry("dev/console", 0o20600, device=(5, 1)))
-    parts.append(_entry("bin/busybox", 0o100755, BUSYBOX.read_bytes()))
-    parts.append(_entry("lib/modules", 0o120777, f"/host{modules.parent}".encode()))
-    parts += [_entry(f"modules/{one.name}", 0o100644, one.read_bytes()) for one in needed]
-    insert = "\n".join(f"insmod /modules/{one.name}" for one in needed)
-    filled = {"insert": insert, "command": shlex.quote(command), "root": shlex.quote(str(ROOT))}
-    parts.append(_entry("init", 0o100755, _INIT.format(**filled).encode()))
-    return b"".join([*parts, _entry("TRAILER!!!", 0)])
-
-
-def _with_dependencies(modules: Path) -> list[Path]:
-    """Files of BOOT_MODULES, each after those that it needs."""
-    lines = (line.partition(":") for line in (modules / "modules.dep").read_text().splitlines())
-    needs = {path: others.split() for path, _, others in lines}
-    ordered: dict[str, None] = {}
-
-    def add(path: str) -> None:
-        for other in needs[path]:
-            add(other)
-        ordered[path] = None
-
-    for path in [path for name in BOOT_MODULES for path in needs if Path(path).stem == name]:
-        add(path)
-    return [modules / path for path in ordered]
-
-
-def _entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
-    """One member of a cpio archive in the "newc" format (the kernel's driver-api/early-userspace/buffer-format)."""
-    path = name.encode() + b"\0"
-    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(path), 0)
-    head = b"070701" + b"".join(b"%08x" % field for field in fields) + path
-    return _padded(head) + _padded(data)
-
-
-def _padded(data: bytes) -> bytes:
-    return data + b"\0" * (-len(data) % 4)
+    needed = modules(release, BOOT_MODULES)
+    parts = [entry(name, 0o40755) for name in _DIRECTORIES]
+    parts.append(entry("dev/console", 0o20600, device=(5, 1)))
+    parts.append(entry("bin/busybox", 0o100755, BUSYBOX.read_bytes()))
+    parts.append(entry("lib/modules", 0o120777, f"/host{release}/lib/modules".encode()))
+    filled = {"insert": insertions(needed), "command": shlex.quote(command), "root": shlex.quote(str(ROOT))}
+    parts.append(entry("init", 0o100755, _INIT.format(**filled).encode()))
+    return archive([*parts, *module_entries(needed)])
 
 
 if __name__ == "__main__":
