@@ -25,6 +25,7 @@ from migrator.agent.guests import GuestDriver
 from migrator.agent.report import Report
 from migrator.agent.store import Store
 from migrator.errors import JournalFailed
+from migrator.faults import reach
 from migrator.lifecycle.machine import Action, Event, Role
 
 T = TypeVar("T")
@@ -167,6 +168,7 @@ class End(abc.ABC):
             self._arm()
         if self.state.phase is not before.phase:
             self.log.info("phase", by=type(event).__name__, phase=str(self.state.phase), was=str(before.phase))
+            reach(self.role, self.state.phase)
         for action in actions:
             self._actions.put_nowait(action)
 

@@ -25,6 +25,7 @@ from migrator.coordinator.running import Running, close, decode
 from migrator.coordinator.settings import Deadlines
 from migrator.coordinator.store import Store
 from migrator.errors import JournalFailed, PeerLost, PreflightFailed
+from migrator.faults import reach
 from migrator.lifecycle import coordinator as machine
 from migrator.lifecycle.machine import Action, Event, Role
 
@@ -101,6 +102,8 @@ class Execution:
         except BaseException:
             run.machine = before
             raise
+        if state.phase is not before.phase:
+            reach("coordinator", state.phase)
         self._after_step(run, before, actions)
 
     def _note(self, run: Running, before: machine.State, actions: tuple[Action, ...]) -> None:
@@ -228,7 +231,8 @@ class Execution:
         loop = asyncio.get_running_loop()
         known = partial(self.feed, run, machine.PlacesKnown())
         revision = self._store.catalog.place_revision(run.agreed.vm)
-        self._places.expect(revision, hosts, lambda: loop.call_soon(known))
+        names = self._store.catalog.place_names_of(run.agreed.vm)
+        self._places.expect(revision, hosts, lambda: loop.call_soon(known), names)
 
     # ---- reports ----
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.lab import oracle
-from migrator.lab.cluster import Cluster
 from migrator.lab.machines import Machine, Port, add_peer, add_vm, unplug
 from migrator.lab.processes import wait_until
+
+from .standing import StandingCluster
 
 NETWORKS: list[dict[str, Any]] = [
     {"name": "blue", "kind": "uplink", "vlan": 100, "uplink": "up0"},
@@ -52,16 +53,19 @@ class ClusterBox:
     """The session's cluster; made anew when a test has left it otherwise than it was."""
 
     def __init__(self) -> None:
-        self.cluster: Cluster | None = None
+        self.cluster: StandingCluster | None = None
         self.dirty = False
 
-    def get(self) -> Cluster:
+    def get(self) -> StandingCluster:
         if self.dirty:
             self.close()
         if self.cluster is None:
-            self.cluster = Cluster(networks=NETWORKS, migration_options={"redirect_idle_s": 1.0}).__enter__()
+            self.cluster = self._made().__enter__()
             self.cluster.apply(policies=POLICIES)
         return self.cluster
+
+    def _made(self) -> StandingCluster:
+        return StandingCluster(networks=NETWORKS, migration_options={"redirect_idle_s": 1.0})
 
     def close(self) -> None:
         if self.cluster is not None:
@@ -74,7 +78,7 @@ class World:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: StandingCluster) -> None:
         self.cluster = cluster
         self.failed = False
         self.machines: list[Machine] = []
