@@ -244,6 +244,7 @@ class Agent:
 
     async def _sync(self, request: int, sync: pb.Sync) -> None:
         problems = await self.hosting.sync(sync)
+        self._tell_places()
         for problem in problems:
             self._log.warning("not as configured", problem=problem)
         self._reply(request, *(("NotReady", "; ".join(problems)) if problems else ()))
@@ -257,9 +258,14 @@ class Agent:
         self._reply(request)
 
     async def _places(self, request: int, update: pb.PlaceUpdate) -> None:
-        await self.hosting.places(update)
-        self._tell(pb.FromAgent(places=pb.PlacesKnown(revision=update.revision)))
+        try:
+            await self.hosting.places(update)
+        finally:
+            self._tell_places()
         self._reply(request)
+
+    def _tell_places(self) -> None:
+        self._tell(pb.FromAgent(places=self.hosting.places_known()))
 
     async def _describe(self, request: int, order: pb.Describe) -> None:
         self._reply(request, need=await self.ends.describe(order.vm))
@@ -329,9 +335,11 @@ class Agent:
                 if isinstance(end, SourceEnd) and end.state.phase is leaving.Phase.STUB:
                     await self._redirect(end, limit)
             try:
+                if await self.hosting.retry_places():
+                    self._tell_places()
                 await self._gauges()
             except Error as error:
-                self._log.info("ports not counted this time", error=str(error))
+                self._log.info("not looked at this time", error=str(error))
 
     async def _redirect(self, end: SourceEnd, limit: float) -> None:
         try:

@@ -35,6 +35,8 @@ class HostConfig:
         self._lock = asyncio.Lock()
         self._networks: dict[str, pb.Network] = {}
         self._places: dict[tuple[str, str], str] = {}
+        self._unset: dict[tuple[str, str], pb.Place] = {}
+        self._place_revision = 0
         self._ended = store.ended()
         self._log = structlog.get_logger()
 
@@ -52,6 +54,7 @@ class HostConfig:
         async with self._lock:
             self._store.save_sync(sync)
             problems = await asyncio.to_thread(self._common, sync)
+            self._place_revision = max(self._place_revision, sync.revision)
             present = _by_port(await asyncio.to_thread(self._driver.ports))
             for order in sync.ports:
                 problems += await self._try(order, present)
@@ -76,8 +79,22 @@ class HostConfig:
         """Raises NotReady for places that cannot be set (yet); all others are, and they are tried again when told."""
         async with self._lock:
             problems = await asyncio.to_thread(self._change_places, update.places, update.removed)
+            self._place_revision = max(self._place_revision, update.revision)
         if problems:
             raise NotReady("; ".join(problems), hint="a network or host that is not known yet comes with the next Sync")
+
+    def places_known(self) -> pb.PlacesKnown:
+        """How far the coordinator has been followed, and what of it this host does not have."""
+        return pb.PlacesKnown(revision=self._place_revision, unset=self._unset.values())
+
+    async def retry_places(self) -> bool:
+        """Try again what could not be set; True when some of it is set now."""
+        if not self._unset:
+            return False
+        async with self._lock:
+            before = len(self._unset)
+            await asyncio.to_thread(self._change_places, list(self._unset.values()), ())
+            return len(self._unset) < before
 
     def note_ended(self, whose: str, epoch: int) -> None:
         """Instances of this epoch, of a VM or of one port (VM/MAC), have ended here: orders for them come too late."""
@@ -111,7 +128,7 @@ class HostConfig:
         self._networks = wanted
         self._driver.set_hosts(dict(sync.hosts))
         named = {(place.network, place.mac) for place in sync.places}
-        gone_places = [pb.Place(network=n, mac=m) for n, m in self._places if (n, m) not in named]
+        gone_places = [pb.Place(network=n, mac=m) for n, m in {*self._places, *self._unset} if (n, m) not in named]
         return problems + self._change_places(sync.places, gone_places)
 
     def _change_places(self, places: Iterable[pb.Place], removed: Iterable[pb.Place]) -> list[str]:
@@ -119,19 +136,23 @@ class HostConfig:
         problems = []
         for place in removed:
             self._places.pop((place.network, place.mac), None)
+            self._unset.pop((place.network, place.mac), None)
             self._driver.remove_place(place.network, place.mac)
         for place in places:
             key = (place.network, place.mac)
             if self._places.get(key) == place.host:
+                self._unset.pop(key, None)
                 continue
             try:
                 if place.host != self._host:  # what is here the port says, when it opens
                     self._driver.set_place(orders.place(place))
             except Error as error:
                 self._places.pop(key, None)
+                self._unset[key] = place
                 problems.append(f"place {place.network}/{place.mac}: {error}")
             else:
                 self._places[key] = place.host
+                self._unset.pop(key, None)
         return problems
 
     async def _try(self, order: pb.PortOrder, present: dict[tuple[str, str], list[PortStatus]]) -> list[str]:

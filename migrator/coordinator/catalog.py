@@ -91,13 +91,14 @@ class Catalog:
         return int(place.epoch) if place is not None else 0
 
     def places_of(self, vm: str) -> list[pb.Place]:
-        names = [name for port in self.ports_of(vm) for name in place_names(port)]
-        return [self.places[name] for name in names if name in self.places]
+        return [self.places[name] for name in self.place_names_of(vm) if name in self.places]
+
+    def place_names_of(self, vm: str) -> list[str]:
+        return [name for port in self.ports_of(vm) for name in place_names(port)]
 
     def place_revision(self, vm: str) -> int:
         """Revision since which the VM is where it is."""
-        names = [name for port in self.ports_of(vm) for name in place_names(port)]
-        return max((self.revisions.get(("place", name), 0) for name in names), default=0)
+        return max((self.revisions.get(("place", name), 0) for name in self.place_names_of(vm)), default=0)
 
     def order(self, port: pb.Port, *, host: str = "", epoch: int = 0) -> pb.PortOrder:
         """The port as an agent is to have it; `host` and `epoch` for an instance elsewhere than where the VM is."""

@@ -112,7 +112,7 @@ class Cluster:
             case "progress":
                 self.migrations.progress(session.host, message.progress)
             case "places":
-                self._acknowledged(session, message.places.revision)
+                self._acknowledged(session, message.places)
             case "redirect_idle":
                 self.migrations.redirect_idle(session.host, message.redirect_idle)
             case "guest":
@@ -120,9 +120,12 @@ class Cluster:
             case "instance":
                 log.debug("instance", host=session.host, vm=message.instance.vm, state=message.instance.state)
 
-    def _acknowledged(self, session: Session, revision: int) -> None:
-        session.place_revision = max(session.place_revision, revision)
-        self._places.acknowledge(session.host, revision)
+    def _acknowledged(self, session: Session, known: pb.PlacesKnown) -> None:
+        session.place_revision = max(session.place_revision, known.revision)
+        unset = [f"{place.network}/{place.mac}" for place in known.unset]
+        if unset:
+            log.warning("agent could not set all places", host=session.host, places=unset[:5], count=len(unset))
+        self._places.acknowledge(session.host, known.revision, unset)
 
     def _host_write(self, name: str, *, hello: pb.Hello | None = None, connected: bool = True) -> Write:
         host = pb.Host()
@@ -159,9 +162,10 @@ class Cluster:
         if reply.cancelled() or reply.exception() is not None:
             return
         problem = reply.result().problem
-        if problem.kind:
+        if problem.kind:  # which places it has, if any, the agent says itself
             log.warning("agent could not take all", host=session.host, problem=problem.message, hint=problem.hint)
-        self._acknowledged(session, revision)
+        else:
+            self._acknowledged(session, pb.PlacesKnown(revision=revision))
 
     def _sync_soon(self) -> None:
         """Tell all hosts of a changed set of hosts, a little later, for hosts rarely come alone."""

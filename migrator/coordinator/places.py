@@ -20,6 +20,7 @@ class _Pending:
     revision: int
     waiting: set[str]
     known: Callable[[], object]
+    names: frozenset[str]
     begun: float = field(default_factory=time.monotonic)
 
 
@@ -29,9 +30,11 @@ class Acknowledgements:
     def __init__(self) -> None:
         self._pending: list[_Pending] = []
 
-    def expect(self, revision: int, hosts: Iterable[str], known: Callable[[], object]) -> None:
-        """`hosts` were told of `revision`."""
-        self._pending.append(_Pending(revision, set(hosts), known))
+    def expect(
+        self, revision: int, hosts: Iterable[str], known: Callable[[], object], names: Iterable[str] = ()
+    ) -> None:
+        """`hosts` were told of `revision`, in which the places `names` (network/MAC) are new."""
+        self._pending.append(_Pending(revision, set(hosts), known, frozenset(names)))
         self._settle()
 
     def joined(self, host: str) -> None:
@@ -44,9 +47,13 @@ class Acknowledgements:
             pending.waiting.discard(host)
         self._settle()
 
-    def acknowledge(self, host: str, revision: int) -> None:
+    def acknowledge(self, host: str, revision: int, unset: Iterable[str] = ()) -> None:
+        """The host has all places up to `revision`, but for `unset`: of these it still sends to the old ones."""
+        missing = frozenset(unset)
         for pending in self._pending:
-            if pending.revision <= revision:
+            if pending.names & missing:
+                pending.waiting.add(host)  # also when it said otherwise before: it may have lost them since
+            elif pending.revision <= revision:
                 pending.waiting.discard(host)
         self._settle()
 
