@@ -211,7 +211,10 @@ class Policy(_Model):
 
 
 class Port(_Model):
-    """One NIC of a VM. `device` may hold {vm8} and {mac6}; `devices` is for hosts where the pattern does not fit."""
+    """One NIC of a VM. `device` may hold {vm8} and {mac6}; `devices` is for hosts where the pattern does not fit.
+
+    `declared_by` names the hypervisor whose domain says all of this: then that is the place to change it.
+    """
 
     vm: Vm
     mac: Mac
@@ -229,6 +232,7 @@ class Port(_Model):
     learning: bool = False
     name: OptionalName = ""
     devices: dict[Name, Device] = {}
+    declared_by: Literal["", "libvirt"] = ""
 
     @property
     def key(self) -> str:
