@@ -35,6 +35,12 @@ class AgentSide(Protocol):
         Joins the migration when it is in hand already. Raises what MigrateRequest does: PreflightFailed with reasons.
         """
 
+    async def call_off(self, vm: str, reason: str) -> None:
+        """Its guest will not come: have the coordinator end the migration of the VM to this host. Raises PeerLost.
+
+        Nothing when there is none, or when the guest has come.
+        """
+
     def arriving(self, vm: str) -> str:
         """How far a migration of the VM to this host is: the destination's phase, "" when there is none."""
 

@@ -21,6 +21,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.agent.config import AgentConfig
 from migrator.agent.daemon import Agent
 from migrator.agent.guests import GuestEvent, GuestFailed, Remaining
+from migrator.agent.side import AgentSide
 from migrator.coordinator.cluster import Cluster
 from migrator.coordinator.service import serve
 from migrator.coordinator.sqlite import SqliteJournal
@@ -39,8 +40,10 @@ class Hypervisor:
     running: bool = True
     moving: str = ""
     downtime_s: float = 0.01
+    speaks: bool = True
     fail: bool = False  # after the stop: comes back to where it was
     converged: bool = True
+    needed_ms: int = 0  # what is left of its memory takes so long
     sides: dict[str, Side] = field(default_factory=dict)
     pending: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -90,6 +93,10 @@ class Side:
     async def stop(self) -> None:
         self.on_event = lambda _: None
 
+    @property
+    def speaks(self) -> bool:
+        return self.all.speaks
+
     def state(self, vm: str) -> Guest | None:
         assert vm == VM
         if self.all.place != self.host:
@@ -104,9 +111,9 @@ class Side:
             raise GuestFailed(f"the VM moves to {self.all.moving}")
         self.all.moving = to
 
-    async def remaining(self, vm: str) -> Remaining:
+    async def remaining(self, vm: str, downtime_ms: int) -> Remaining:
         assert vm == VM
-        return Remaining(0, self.all.converged)
+        return Remaining(0, self.all.converged and downtime_ms >= self.all.needed_ms)
 
     async def suspend(self, vm: str) -> None:
         assert vm == VM
@@ -126,6 +133,9 @@ class Side:
 
     def committed(self, vm: str) -> None:
         assert vm == VM
+
+    async def attach(self, side: AgentSide) -> None:
+        assert side.host == self.host
 
 
 @dataclass

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 from migrator.agent.guests.none import NoGuests
 from migrator.agent.guests.process import ProcessGuests
 from migrator.agent.guests.word import GuestEvent, GuestFailed, Remaining
+from migrator.agent.side import AgentSide
 from migrator.errors import ConfigInvalid
 from migrator.lifecycle.machine import Guest
 
-__all__ = ["GuestDriver", "GuestEvent", "GuestFailed", "Remaining", "guest_driver"]
+__all__ = ["GuestDriver", "GuestEvent", "GuestFailed", "Remaining", "guest_driver", "whereabouts"]
 
 
 class GuestDriver(Protocol):
@@ -21,7 +22,14 @@ class GuestDriver(Protocol):
     async def start(self, on_event: Callable[[GuestEvent], None]) -> None:
         """Begin to listen. Events come in the loop's thread, those of one VM in order."""
 
+    async def attach(self, side: AgentSide) -> None:
+        """The agent is ready and may be asked for things. What the driver does by itself begins; `stop` ends it."""
+
     async def stop(self) -> None: ...
+
+    @property
+    def speaks(self) -> bool:
+        """Is there a hypervisor, and does it answer now? Then a VM that `state` does not know is not on this host."""
 
     def state(self, vm: str) -> Guest | None:
         """What the hypervisor last said; None: it never spoke of this VM."""
@@ -31,7 +39,8 @@ class GuestDriver(Protocol):
     async def migrate(self, vm: str, to: str) -> None:
         """Begin to move the VM's memory to host `to`."""
 
-    async def remaining(self, vm: str) -> Remaining: ...
+    async def remaining(self, vm: str, downtime_ms: int) -> Remaining:
+        """How much is left to copy, and whether the guest may be stopped for it: no longer than `downtime_ms`."""
 
     async def suspend(self, vm: str) -> None:
         """Stop the VM. In a move the hypervisor finishes it then by itself. The event `paused` follows."""
@@ -44,6 +53,11 @@ class GuestDriver(Protocol):
 
     def committed(self, vm: str) -> None:
         """All state is here: who has no hypervisor of its own runs here from now on."""
+
+
+def whereabouts(guests: GuestDriver, vm: str) -> Guest | None:
+    """What the hypervisor here says of the VM now; None: there is none, or it does not answer."""
+    return (guests.state(vm) or Guest.GONE) if guests.speaks else None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from migrator.agent.guests.word import GuestEvent, Remaining
+from migrator.agent.side import AgentSide
 from migrator.lifecycle.machine import Guest
 
 
@@ -25,8 +26,15 @@ class NoGuests:
     async def start(self, on_event: Callable[[GuestEvent], None]) -> None:
         self._on_event = on_event
 
+    async def attach(self, side: AgentSide) -> None:
+        del side  # has nothing to ask
+
     async def stop(self) -> None:
         self._on_event = lambda _: None
+
+    @property
+    def speaks(self) -> bool:
+        return False
 
     def state(self, vm: str) -> Guest | None:
         del vm
@@ -38,8 +46,8 @@ class NoGuests:
     async def migrate(self, vm: str, to: str) -> None:
         del vm, to
 
-    async def remaining(self, vm: str) -> Remaining:
-        del vm
+    async def remaining(self, vm: str, downtime_ms: int) -> Remaining:
+        del vm, downtime_ms
         return Remaining(bytes=0, converged=True)
 
     async def suspend(self, vm: str) -> None:

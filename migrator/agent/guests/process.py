@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from migrator.agent.guests.word import GuestEvent, GuestFailed, Remaining
+from migrator.agent.side import AgentSide
 from migrator.errors import ConfigInvalid
 from migrator.lifecycle.machine import Guest
 
@@ -132,6 +133,9 @@ class ProcessGuests:
                 link = _Link(path, self._on_event)
                 self._links[link.vm] = (link, asyncio.create_task(link.run()))
 
+    async def attach(self, side: AgentSide) -> None:
+        del side  # has nothing to ask
+
     async def stop(self) -> None:
         tasks = [task for _, task in self._links.values()]
         if self._scanner is not None:
@@ -140,6 +144,10 @@ class ProcessGuests:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._links.clear()
+
+    @property
+    def speaks(self) -> bool:
+        return self._directory.is_dir()
 
     def state(self, vm: str) -> Guest | None:
         return self._links[vm][0].state if vm in self._links else None
@@ -155,8 +163,8 @@ class ProcessGuests:
     async def migrate(self, vm: str, to: str) -> None:
         await self._link(vm).ask("migrate", to=to)
 
-    async def remaining(self, vm: str) -> Remaining:
-        reply = await self._link(vm).ask("remaining")
+    async def remaining(self, vm: str, downtime_ms: int) -> Remaining:
+        reply = await self._link(vm).ask("remaining", downtime_ms=downtime_ms)
         return Remaining(int(reply.get("bytes", 0)), bool(reply.get("converged")))
 
     async def suspend(self, vm: str) -> None:
