@@ -199,7 +199,7 @@ class SourceEnd(End):
     async def _watch_memory(self) -> None:
         began = time.monotonic()
         try:
-            while not (await self.guests.remaining(self.vm)).converged:
+            while not (await self.guests.remaining(self.vm, self.order.downtime_ms)).converged:
                 await asyncio.sleep(MEMORY_POLL_S)
         except GuestFailed:
             if self.state.phase is Phase.WATCHING:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from migrator.agent.guests import GuestEvent, GuestFailed, Remaining, guest_driver
+from migrator.agent.guests import GuestEvent, GuestFailed, Remaining, guest_driver, whereabouts
 from migrator.agent.guests.none import NoGuests
 from migrator.agent.guests.process import ProcessGuests
 from migrator.errors import ConfigInvalid
@@ -73,6 +73,7 @@ def test_the_greeting_says_where_the_guest_is(tmp_path: Path, word: str, guest: 
         async with talking(tmp_path, word) as (guests, _, _):
             assert guests.state(VM) is guest
             assert guests.state("another") is None
+            assert (whereabouts(guests, VM), whereabouts(guests, "another")) == (guest, Guest.GONE)
             assert guests.states() == ({} if guest is Guest.GONE else {VM: guest})
 
     asyncio.run(scenario())
@@ -102,11 +103,12 @@ def test_requests_are_answered(tmp_path: Path) -> None:
         async with talking(tmp_path) as (guests, process, _):
             process.replies["remaining"] = {"bytes": 4096, "converged": True}
             await guests.migrate(VM, "h2")
-            assert await guests.remaining(VM) == Remaining(4096, True)
+            assert await guests.remaining(VM, 300) == Remaining(4096, True)
             await guests.suspend(VM)
             await guests.resume(VM)
             assert [request["op"] for request in process.asked] == ["migrate", "remaining", "suspend", "resume"]
             assert process.asked[0]["to"] == "h2"
+            assert process.asked[1]["downtime_ms"] == 300
 
     asyncio.run(scenario())
 
@@ -151,13 +153,13 @@ def test_without_a_hypervisor_orders_are_the_guests_moves() -> None:
         events: list[GuestEvent] = []
         guests = NoGuests({})
         await guests.start(events.append)
-        assert (await guests.remaining(VM)).converged
+        assert (await guests.remaining(VM, 300)).converged
         await guests.suspend(VM)
         guests.committed(VM)
         assert [(event.what, event.moving) for event in events] == [("paused", True), ("running", True)]
         assert await guests.cancel(VM, certain=True)
         assert not await guests.cancel(VM, certain=False), "the destination may run it already"
-        assert guests.state(VM) is None
+        assert guests.state(VM) is None and whereabouts(guests, VM) is None
 
     asyncio.run(scenario())
 

@@ -144,3 +144,17 @@ def test_a_destination_without_the_network_refuses(tmp_path: Path) -> None:
             await w.quiet()
 
     asyncio.run(scenario())
+
+
+def test_the_guest_is_stopped_when_what_is_left_fits_the_wanted_downtime(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.hypervisor.needed_ms = 250
+            short = await w.migrate("b", downtime_ms=249)
+            await eventually(lambda: any(end.state.phase == "watching" for end in w.agents["a"].ends))
+            w.cluster.migrations.abort(short)
+            assert (await w.finish(short)).outcome == "aborted"
+            await w.quiet()
+            assert (await w.finish(await w.migrate("b", downtime_ms=250))).outcome == "complete"
+
+    asyncio.run(scenario())
