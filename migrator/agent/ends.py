@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import structlog
+from google.protobuf.message import DecodeError
 
 from datapath.errors import PortNotFound
 from datapath.provider import Event, PortRef, PortState
@@ -16,7 +17,7 @@ from migrator.agent.destination import DestinationEnd
 from migrator.agent.end import End, Surroundings
 from migrator.agent.guests import GuestEvent
 from migrator.agent.source import SourceEnd
-from migrator.errors import AlreadyMigrating, MigrationNotFound
+from migrator.errors import AlreadyMigrating, Corrupt, MigrationNotFound
 from migrator.lifecycle import destination as destination_machine
 from migrator.lifecycle import destination_words as arriving
 from migrator.lifecycle import source as source_machine
@@ -180,8 +181,12 @@ class Ends:
     async def recall(self) -> None:
         """Take up what an earlier run had in hand. What each end does next follows from where its guest is."""
         for saved in self._around.store.ends():
-            role = Role(saved["role"])
-            end = await (self._recall_source(saved) if role is Role.SOURCE else self._recall_destination(saved))
+            try:
+                role = Role(saved["role"])
+                end = await (self._recall_source(saved) if role is Role.SOURCE else self._recall_destination(saved))
+            except (ValueError, TypeError, KeyError, DecodeError, Corrupt) as error:
+                self._around.store.doubt_end(f"{saved['id']}.{saved['role']}", f"{type(error).__name__}: {error}")
+                continue
             self._ends[saved["id"], role] = end
             self._log.info("taken up", migration=saved["id"], vm=saved["vm"], role=role, phase=str(end.state.phase))
 

@@ -45,7 +45,11 @@ class HostConfig:
         sync = self._store.sync()
         sync.ClearField("ports")
         async with self._lock:
-            problems = await asyncio.to_thread(self._common, sync)
+            try:
+                problems = await asyncio.to_thread(self._common, sync)
+            except ValueError as error:  # of another version, perhaps: the coordinator says all of it again
+                self._store.doubt_sync(str(error))
+                problems = []
         for problem in problems:
             self._log.warning("not as configured", problem=problem)
 

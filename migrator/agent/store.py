@@ -3,19 +3,28 @@
 Nothing is flushed: files have to outlive the agent, and what a crash of the host takes, it takes from the switch too.
 A migration's file is overwritten in place by one write, which a dying process cannot cut in two: that costs a
 switchover tens of microseconds, where a rename would cost it a millisecond each time.
+
+A file that cannot be read, for a crash of the host may leave anything, keeps no agent from starting: it is put aside as
+NAME.damaged, with a warning, and the agent goes on with what the switch and the coordinator say.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
+import xxhash
+from google.protobuf.message import DecodeError
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.errors import JournalFailed
+
+T = TypeVar("T")
+SYNC_MAGIC = b"sync\x00\x00\x00\x01"  # the last byte is the version
 
 
 class Store:
@@ -33,27 +42,31 @@ class Store:
 
     def sync(self) -> pb.Sync:
         """What the coordinator said last, empty if it never did."""
-        try:
-            return pb.Sync.FromString((self._directory / "sync.pb").read_bytes())
-        except FileNotFoundError:
-            return pb.Sync()
+        return self._read(self._directory / "sync.pb", _unsealed, pb.Sync())
 
     def save_sync(self, sync: pb.Sync) -> None:
-        self._replace(self._directory / "sync.pb", sync.SerializeToString())
+        body = sync.SerializeToString()
+        self._replace(self._directory / "sync.pb", SYNC_MAGIC + xxhash.xxh3_64_digest(body) + body)
+
+    def doubt_sync(self, why: str) -> None:
+        """What the coordinator said last can be read and makes no sense."""
+        self._put_aside(self._directory / "sync.pb", why)
 
     def ends(self) -> list[dict[str, Any]]:
-        """Every end of a migration that was in hand. What cannot be read is put aside as NAME.damaged and left out."""
+        """Every end of a migration that was in hand. What cannot be read is left out."""
         found = []
         for path in sorted(self._ends.glob("*.json")):
-            data = path.read_bytes()
-            fields = _fields(data)
-            if fields is None:
-                self._log.error("damaged, put aside", file=str(path), bytes=len(data))
-                path.replace(path.with_suffix(".damaged"))
-                continue
-            self._open[path.stem] = (os.open(path, os.O_WRONLY | os.O_CLOEXEC), len(data))
-            found.append(fields)
+            fields = self._read(path, _fields, None)
+            if fields is not None:
+                self._open[path.stem] = (os.open(path, os.O_WRONLY | os.O_CLOEXEC), path.stat().st_size)
+                found.append(fields)
         return found
+
+    def doubt_end(self, name: str, why: str) -> None:
+        """An end that can be read and makes no sense, as one of a later version."""
+        if name in self._open:
+            os.close(self._open.pop(name)[0])
+        self._put_aside(self._ends / f"{name}.json", why)
 
     def save_end(self, name: str, fields: dict[str, Any]) -> None:
         path = self._ends / f"{name}.json"
@@ -79,14 +92,28 @@ class Store:
 
     def ended(self) -> dict[str, int]:
         """VM -> highest epoch of an instance that has ended here: nothing older may begin again."""
-        try:
-            found: dict[str, int] = json.loads((self._directory / "ended.json").read_text())
-        except FileNotFoundError:
-            return {}
-        return found
+        return self._read(self._directory / "ended.json", _ended, {})
 
     def save_ended(self, ended: dict[str, int]) -> None:
         self._replace(self._directory / "ended.json", json.dumps(ended).encode())
+
+    def _read(self, path: Path, decode: Callable[[bytes], T], missing: T) -> T:
+        """What is in a file; `missing` where there is none, or none that can be read."""
+        try:
+            return decode(path.read_bytes())
+        except FileNotFoundError:
+            return missing
+        except (OSError, ValueError, DecodeError) as error:
+            self._put_aside(path, str(error))
+            return missing
+
+    def _put_aside(self, path: Path, why: str) -> None:
+        aside = path.with_suffix(".damaged")
+        self._log.warning("damaged, put aside", file=str(path), name=aside.name, why=why)
+        try:
+            path.replace(aside)
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     def _replace(self, path: Path, data: bytes) -> None:
         new = path.with_name(f".{path.name}")
@@ -97,13 +124,27 @@ class Store:
             raise _unwritable(path, error) from error
 
 
+def _unsealed(data: bytes) -> pb.Sync:
+    magic, digest, body = data[:8], data[8:16], data[16:]
+    if magic != SYNC_MAGIC:
+        raise ValueError("no file of this version")
+    if digest != xxhash.xxh3_64_digest(body):
+        raise ValueError("cut off, or changed")
+    return pb.Sync.FromString(body)
+
+
 def _fields(data: bytes) -> dict[str, Any] | None:
-    """The end of a migration that these bytes are; None when they are not: a crash of the host may leave anything."""
-    try:
-        fields = json.loads(data)
-    except ValueError:
-        return None
-    return fields if isinstance(fields, dict) and fields.keys() >= {"id", "role", "vm", "state", "order"} else None
+    fields = json.loads(data)
+    if not isinstance(fields, dict) or not fields.keys() >= {"id", "role", "vm", "state", "order"}:
+        raise ValueError("no end of a migration")
+    return fields
+
+
+def _ended(data: bytes) -> dict[str, int]:
+    found = json.loads(data)
+    if not isinstance(found, dict) or not all(type(epoch) is int for epoch in found.values()):
+        raise ValueError("no epochs by VM")
+    return found
 
 
 def _unwritable(path: Path, error: OSError) -> JournalFailed:

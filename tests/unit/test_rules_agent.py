@@ -19,6 +19,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.agent.end import End
 from migrator.agent.quiet import QUIET
 from migrator.agent.source import SourceEnd
+from migrator.agent.store import Store
 from migrator.agent.stream import PeerStream, ask
 from migrator.errors import JournalFailed, PeerLost
 from migrator.lifecycle.machine import Role
@@ -544,7 +545,7 @@ def test_an_agent_starts_though_a_place_cannot_be_set(tmp_path: Path, monkeypatc
     async def scenario(w: World) -> None:
         sync = pb.Sync(places=[pb.Place(network="blue", mac="52:54:00:00:01:01", host="gone")])
         await w.stop("a")
-        (w.directory / "a" / "sync.pb").write_bytes(sync.SerializeToString())
+        Store(w.directory / "a").save_sync(sync)
 
         def refuse(*_: Any) -> None:
             raise NotReady("host gone is not known")
