@@ -9,8 +9,11 @@
 
 #define EVICT_VISITS 128
 
+/* Visits are counted from a number that the verifier does not know: from 0 it follows each of them, and whether it sees
+ * that they end hangs on the compiler's choice of instructions. */
 struct eviction {
 	__u32 slot;
+	__u32 first;
 	__u32 visits;
 	__u32 evicted;
 };
@@ -20,7 +23,7 @@ static long evict_visit(void *table, struct ct_key *key, struct ct_entry *entry,
 	__u64 word = READ_ONCE(entry->word);
 	struct ct_key own;
 
-	if (++eviction->visits > EVICT_VISITS)
+	if (eviction->visits++ - eviction->first >= EVICT_VISITS)
 		return 1;
 	if (!ct_is_dispensable(key, word))
 		return 0;
@@ -32,7 +35,8 @@ static long evict_visit(void *table, struct ct_key *key, struct ct_entry *entry,
 /* True when there is room for one more now. Counts in port->evicted. */
 static __always_inline int evict_one(void *table, struct port *port)
 {
-	struct eviction eviction = {.slot = port->slot};
+	__u32 first = READ_ONCE(port->evicted);
+	struct eviction eviction = {.slot = port->slot, .first = first, .visits = first};
 
 	bpf_for_each_map_elem(table, evict_visit, &eviction, 0);
 	if (eviction.evicted)
