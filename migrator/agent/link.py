@@ -13,6 +13,7 @@ import structlog
 from datapath.errors import Error
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
+from migrator.agent.outgoing import Outgoing
 from migrator.agent.stream import CHANNEL_OPTIONS
 
 PAUSE_FIRST_S = 0.1
@@ -36,7 +37,7 @@ class Link:
         self._take = take
         self._attached = attached
         self._credentials = credentials
-        self._outgoing: asyncio.Queue[pb.FromAgent] | None = None
+        self._outgoing: Outgoing | None = None
         self._log = structlog.get_logger()
 
     @property
@@ -46,7 +47,7 @@ class Link:
     def send(self, message: pb.FromAgent) -> None:
         """Lost while the coordinator is away: what matters is said again when it is back."""
         if self._outgoing is not None:
-            self._outgoing.put_nowait(message)
+            self._outgoing.put(message)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -78,25 +79,39 @@ class Link:
             else grpc.aio.insecure_channel(self._address, options=options)
         )
         async with channel:
-            outgoing: asyncio.Queue[pb.FromAgent] = asyncio.Queue()
-            outgoing.put_nowait(pb.FromAgent(hello=await self._hello()))
+            outgoing = Outgoing()
+            outgoing.put(pb.FromAgent(hello=await self._hello()))
             stub: Any = rpc.CoordinatorStub(channel)  # type: ignore[no-untyped-call]
             call = stub.Attach()
-            writer = asyncio.create_task(_write(call, outgoing))
+            reader = asyncio.create_task(self._read(call, outgoing))
+            beside = [asyncio.create_task(_write(call, outgoing)), asyncio.create_task(self._watch(outgoing, reader))]
             try:
-                async for message in call:
-                    if self._outgoing is None:
-                        self._outgoing = outgoing
-                        self._log.info("coordinator attached", address=self._address)
-                        self._attached()
-                    await self._take(message)
+                await reader
+            except asyncio.CancelledError:
+                if not outgoing.full.is_set():
+                    raise
             finally:
-                writer.cancel()
-                await asyncio.gather(writer, return_exceptions=True)
+                for task in (reader, *beside):
+                    task.cancel()
+                await asyncio.gather(reader, *beside, return_exceptions=True)
                 call.cancel()
 
+    async def _read(self, call: Any, outgoing: Outgoing) -> None:
+        async for message in call:
+            if self._outgoing is None:
+                self._outgoing = outgoing
+                self._log.info("coordinator attached", address=self._address)
+                self._attached()
+            await self._take(message)
 
-async def _write(call: Any, queue: asyncio.Queue[pb.FromAgent]) -> None:
+    async def _watch(self, outgoing: Outgoing, reader: asyncio.Task[None]) -> None:
+        """End the stream of a coordinator that reads nothing; the next one begins with all that it has to know."""
+        await outgoing.full.wait()
+        self._log.warning("coordinator reads nothing, cut off", address=self._address, waiting=len(outgoing))
+        reader.cancel()
+
+
+async def _write(call: Any, outgoing: Outgoing) -> None:
     """Until the stream breaks, which its reader notices."""
     while True:
-        await call.write(await queue.get())
+        await call.write(await outgoing.get())
