@@ -14,3 +14,9 @@ DOWNTIME = Histogram(
     buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
 )
 COORDINATOR = Gauge("migrator_agent_coordinator_connected", "1 while the coordinator is attached")
+HOOKS = Histogram(
+    "migrator_agent_hook_seconds",
+    "How long libvirt's hook or lock driver waited for the agent, by what it asked and what it was answered",
+    ["operation", "result"],
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
+)
