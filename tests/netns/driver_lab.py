@@ -62,7 +62,9 @@ class Place:
         return made
 
 
-def connect(one: Place, name: str, other: Place, far_name: str, mac: str = "", mtu: int = 1500) -> None:
+def connect(
+    one: Place, name: str, other: Place, far_name: str, mac: str = "", mtu: int = 1500, ipv6: bool = False
+) -> None:
     """A veth pair between two places. IPv6 is off: nothing moves but what a test sends."""
 
     def make() -> None:
@@ -72,11 +74,12 @@ def connect(one: Place, name: str, other: Place, far_name: str, mac: str = "", m
 
     one.run(make)
     for place, end in ((one, name), (other, far_name)):
-        place.run(lambda end=end: _up(end, mtu))  # type: ignore[misc]
+        place.run(lambda end=end: _up(end, mtu, ipv6))  # type: ignore[misc]
 
 
-def _up(name: str, mtu: int) -> None:
-    Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+def _up(name: str, mtu: int, ipv6: bool) -> None:
+    Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("0" if ipv6 else "1")
+    Path(f"/proc/sys/net/ipv6/conf/{name}/accept_dad").write_text("0")  # an address is good at once
     with IPRoute() as route:
         route.link("set", ifname=name, mtu=mtu, state="up")
 
@@ -163,22 +166,23 @@ class Host(Place):
 
 
 @contextlib.contextmanager
-def hosts(count: int, **options: Any) -> Iterator[list[Host]]:
-    """Hosts on one wire: `under0` with 192.0.2.N is the underlay, and `up0` the uplink."""
+def hosts(count: int, ip: int = 4, **options: Any) -> Iterator[list[Host]]:
+    """Hosts on one wire: `under0` with 192.0.2.N, or with `ip` 6 2001:db8::N, is the underlay, and `up0` the uplink."""
+    network, prefix = {4: ("192.0.2.", 24), 6: ("2001:db8::", 64)}[ip]
     directory = Path(tempfile.mkdtemp(prefix="driver-lab-"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory)
         made = []
         for number in range(1, count + 1):
-            host = Host(directory, underlay=f"192.0.2.{number}", uplinks=["up0"], **options)
+            host = Host(directory, underlay=f"{network}{number}", uplinks=["up0"], **options)
             stack.callback(host.close)
             made.append(host)
         if count == 2:
-            connect(made[0], "under0", made[1], "under0", mtu=1600)
+            connect(made[0], "under0", made[1], "under0", mtu=1600, ipv6=ip == 6)
             connect(made[0], "up0", made[1], "up0")
             for number, host in enumerate(made, 1):
-                give_address(host, "under0", f"192.0.2.{number}")
-        names = {f"h{number}": f"192.0.2.{number}" for number in range(1, count + 1)}
+                give_address(host, "under0", f"{network}{number}", prefix)
+        names = {f"h{number}": f"{network}{number}" for number in range(1, count + 1)}
         for host in made:
             host.start()
             host.run(lambda host=host: _configure(host.driver, names, count))  # type: ignore[misc]

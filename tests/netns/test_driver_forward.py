@@ -21,9 +21,13 @@ def host() -> Iterator[Host]:
 
 
 @pytest.fixture
-def pair() -> Iterator[list[Host]]:
-    with hosts(2) as made:
+def pair(request: pytest.FixtureRequest) -> Iterator[list[Host]]:
+    """Parametrised by the underlay's version of IP, 4 unless a test says so."""
+    with hosts(2, getattr(request, "param", 4)) as made:
         yield made
+
+
+either_underlay = pytest.mark.parametrize("pair", [4, 6], indirect=True, ids=["ipv4", "ipv6"])
 
 
 def listen(guest: Guest, port: int = 7000) -> socket.socket:
@@ -63,6 +67,7 @@ def test_tcp_under_default_drop(host: Host) -> None:
     assert table.records is not None and table.records[0]["hits"] == 1
 
 
+@either_underlay
 @pytest.mark.parametrize("network", ["vlan", "over"])
 def test_tcp_between_hosts(pair: list[Host], network: str) -> None:
     server = pair[0].guest("10.0.0.1", network=network)

@@ -20,9 +20,13 @@ CHANNEL = 4711
 
 
 @pytest.fixture
-def pair() -> Iterator[list[Host]]:
-    with hosts(2) as made:
+def pair(request: pytest.FixtureRequest) -> Iterator[list[Host]]:
+    """Parametrised by the underlay's version of IP, 4 unless a test says so."""
+    with hosts(2, getattr(request, "param", 4)) as made:
         yield made
+
+
+either_underlay = pytest.mark.parametrize("pair", [4, 6], indirect=True, ids=["ipv4", "ipv6"])
 
 
 class Stream:
@@ -108,6 +112,7 @@ def settle(source: Host, target: Host, one: Guest, other: Guest) -> None:
     target.run(lambda: target.driver.settled(other.ref))
 
 
+@either_underlay
 @pytest.mark.parametrize("network", ["vlan", "over"])
 def test_numbered_frames_move_with_the_vm(pair: list[Host], network: str) -> None:
     source, target = pair
@@ -233,6 +238,7 @@ def test_what_the_guest_sends_before_the_open_waits(pair: list[Host]) -> None:
     assert got == list(range(stream.sent))
 
 
+@either_underlay
 def test_probe_of_the_path(pair: list[Host]) -> None:
     source, target = pair
     vm = source.guest("10.0.0.1", network="vlan")
