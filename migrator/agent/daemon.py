@@ -58,7 +58,9 @@ class Agent:
             ended=self._ended,
         )
         self.ends = Ends(self.around, self._instance_ended)
-        self.hosting = HostConfig(self.host, self.driver, self.around, self.store, self.ends.in_hand)
+        self.hosting = HostConfig(
+            self.host, self.driver, self.around, self.store, self.ends.in_hand, self.ends.taking_part
+        )
         self.link = Link(config.agent.coordinator, self.hello, self._order, self._attached)
         self.traces = Traces(self.driver, self.around)
         self.peer = ""

@@ -54,6 +54,10 @@ class Ends:
                 return end.report.id, str(end.role)
         return "", ""
 
+    def taking_part(self, ref: PortRef) -> bool:
+        """Is the instance at either end of a migration that is not over?"""
+        return any(ref in end.refs and not end.over for end in self.of(ref.vm))
+
     def destination(self, migration: str) -> DestinationEnd | None:
         end = self._ends.get((migration, Role.DESTINATION))
         return end if isinstance(end, DestinationEnd) else None

@@ -22,16 +22,26 @@ CHANGEABLE = frozenset({PortState.STAGED, PortState.ACTIVE, PortState.QUIESCED})
 
 
 class HostConfig:
-    """`in_hand(vm)`: a migration of the VM is under way here, so its instances are that one's business."""
+    """`in_hand(vm)`: a migration of the VM is under way here, so its new instances are that one's business.
+
+    `taking_part(ref)`: an instance takes part in one.
+    """
 
     def __init__(
-        self, host: str, driver: Driver, around: Surroundings, store: Store, in_hand: Callable[[str], bool]
+        self,
+        host: str,
+        driver: Driver,
+        around: Surroundings,
+        store: Store,
+        in_hand: Callable[[str], bool],
+        taking_part: Callable[[PortRef], bool],
     ) -> None:
         self._host = host
         self._driver = driver
         self._around = around
         self._store = store
         self._in_hand = in_hand
+        self._taking_part = taking_part
         self._lock = asyncio.Lock()
         self._networks: dict[str, pb.Network] = {}
         self._places: dict[tuple[str, str], str] = {}
@@ -71,10 +81,13 @@ class HostConfig:
             await self._around.call(order.port.vm, self._ensure, order, present)
 
     async def remove(self, removal: pb.PortRemoval) -> None:
-        """Delete a port instance. Raises AlreadyMigrating."""
-        if self._in_hand(removal.vm):
-            raise AlreadyMigrating(f"VM {removal.vm} is being moved", hint="wait, or abort the migration first")
+        """Delete a port instance; what an earlier move left of the VM, a redirect, lives on.
+
+        Raises AlreadyMigrating while the instance itself takes part in a migration: the coordinator asks again.
+        """
         ref = PortRef(removal.vm, removal.mac, removal.epoch)
+        if self._taking_part(ref):
+            raise AlreadyMigrating(f"VM {removal.vm} is being moved", hint="wait, or abort the migration first")
         async with self._lock:
             await self._around.call(removal.vm, self._driver.purge, ref)
             self.note_ended(f"{removal.vm}/{removal.mac}", removal.epoch)  # the VM's other ports live on

@@ -13,9 +13,11 @@ from prometheus_client import Gauge
 from migrator import config
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.change import Planned, plan_apply, plan_removal
+from migrator.coordinator.declare import Declarations, refuse_foreign, refuse_foreign_removal
 from migrator.coordinator.journal import Batch, Entry, Journal, Write
 from migrator.coordinator.migrations import Migrations
 from migrator.coordinator.places import Acknowledgements
+from migrator.coordinator.removals import Removals
 from migrator.coordinator.roster import Roster, Session
 from migrator.coordinator.settings import Deadlines
 from migrator.coordinator.store import Store
@@ -40,6 +42,8 @@ class Cluster:
         self.roster = Roster()
         self._places = Acknowledgements()
         self.migrations = Migrations(self.store, self.roster, self._places, self._deadlines)
+        self.declarations = Declarations(self.store, self.roster, self.migrations, self._running_instances, self._push)
+        self._removals = Removals(self.store, self.roster)
         self._later: asyncio.TimerHandle | None = None
         self._stopped = False
         self._resync: asyncio.TimerHandle | None = None
@@ -61,6 +65,7 @@ class Cluster:
             if timer is not None:
                 timer.cancel()
         self.migrations.stop()
+        self._removals.stop()
         self.store.close()
         for session in self.roster:
             session.close()
@@ -86,7 +91,9 @@ class Cluster:
         log.info("agent attached", host=session.host, driver=hello.driver, ports=len(hello.instances))
         try:
             self._start_sync(session, self._sync_common())
+            self._removals.attached(session)
             self.migrations.attached(hello)
+            self.declarations.end_leftovers(hello)
         except BaseException:
             self.leave(session)
             raise
@@ -186,6 +193,7 @@ class Cluster:
     def apply(self, request: pb.ApplyRequest) -> pb.ApplyReply:
         """Make objects or change them: all of it or nothing. Raises ConfigInvalid, AlreadyMigrating."""
         wanted = config.from_message(request.config, config.Config)
+        refuse_foreign(self.store.catalog, wanted.ports)
         moving, running = self.migrations.migrating(), self._running_instances()
         planned = plan_apply(self.store.catalog, wanted, self.store.journal, moving, running)
         if not request.dry_run:
@@ -204,12 +212,15 @@ class Cluster:
     def remove(self, request: pb.Removal) -> pb.ApplyReply:
         """Remove one object. Raises ObjectNotFound, ConfigInvalid, AlreadyMigrating."""
         catalog = self.store.catalog
+        refuse_foreign_removal(catalog, self.roster, request)
         planned = plan_removal(catalog, request.sort, request.name, self.migrations.migrating())
         gone = [catalog.places[write.name] for write in planned.writes if write.sort == "place"]
         removals = [self._port_removal(w.name) for w in planned.writes if w.sort == "port"]
+        for _, removal in removals:
+            planned.counters.update(self._removals.counters(removal))
         self._carry_out(planned)
         for host, removal in removals:
-            self.roster.send(host, remove=removal)
+            self._removals.order(host, removal)
         if gone:
             self.roster.broadcast(places=pb.PlaceUpdate(removed=gone, revision=self.store.revision))
         return self._reply(planned)
