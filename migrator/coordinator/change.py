@@ -91,7 +91,7 @@ def plan_apply(
         message = config.to_message(port)
         _plan_port(catalog, message, planned, migrating)
         _plan_places(catalog, message, planned, counters, running)
-    _check(_after(catalog, planned), planned)
+    _check(outcome(catalog, planned), planned)
     return planned
 
 
@@ -128,6 +128,8 @@ def _users(catalog: Catalog, sort: str, name: str) -> list[str]:
 def _uses(port: pb.Port, sort: str, name: str) -> bool:
     if sort == "network":
         return name in networks_of(port)
+    if sort == "host" and port.declared_by:  # whichever host starts it next declares it
+        return False
     return bool(name == {"policy": port.policy, "host": port.host}.get(sort))
 
 
@@ -221,7 +223,7 @@ def _new_epoch(port: pb.Port, counters: Counters, running: Running) -> int:
     return found
 
 
-def _after(catalog: Catalog, planned: Planned) -> Catalog:
+def outcome(catalog: Catalog, planned: Planned) -> Catalog:
     """The catalogue as it would be, sharing what does not change."""
     after = Catalog(
         {sort: dict(known) for sort, known in catalog.objects.items()},

@@ -59,6 +59,11 @@ class Migrations:
         """VMs whose ports may be at either end now."""
         return frozenset(run.agreed.vm for run in self._execution.running.values() if run.blocks)
 
+    def moving(self, vm: str) -> Agreed | None:
+        """What was agreed on for the migration that has the VM's ports at either end now."""
+        run = self._blocking(vm)
+        return run.agreed if run is not None else None
+
     def reports(self) -> list[pb.Migration]:
         return list(self._store.catalog.objects["migration"].values())
 

@@ -109,6 +109,10 @@ class CoordinatorService(migrator_pb2_grpc.CoordinatorServicer):
             async for change in watch(self._cluster.store, request.from_revision, request.sorts):
                 yield change
 
+    async def Declare(self, request: pb.DeclareRequest, context: Any) -> pb.ApplyReply:  # noqa: N802
+        async with reported(context):
+            return await self._cluster.declarations.declare(request)
+
 
 async def _hello(requests: Any) -> pb.Hello:
     try:
