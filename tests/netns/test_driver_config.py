@@ -177,6 +177,18 @@ def test_what_cannot_be_carried_is_refused_by_name(pair: list[Host]) -> None:
     assert [network.name for network in here.run(here.driver.networks)] == ["blue", "vlan", "over"]
 
 
+def test_a_host_knows_itself_and_the_room_of_an_ipv6_underlay() -> None:
+    """However its address is spelled: or it would flood to itself."""
+    with hosts(2, 6) as (one, _):
+        one.run(lambda: one.driver.set_hosts({"h1": "2001:DB8:0:0::0001", "h2": "2001:db8:0::2"}))
+        index, address = one.driver._parts().hosts.names()["h2"]
+        assert (address, one.driver._parts().peers()) == ("2001:db8::2", [index])
+        fits = Network("over", NetworkKind.OVERLAY, vni=5000, mtu=1600 - 70)
+        one.run(lambda: one.driver.set_network(fits))
+        with pytest.raises(UnsupportedKind, match="mtu 1531, the underlay carries 1530"):
+            one.run(lambda: one.driver.set_network(Network("over", NetworkKind.OVERLAY, vni=5000, mtu=1531)))
+
+
 def test_a_network_that_changes_its_tag_takes_its_ports_along(pair: list[Host]) -> None:
     near, far = pair[0].guest("10.0.0.1", network="vlan"), pair[1].guest("10.0.0.2", network="vlan")
     for host in pair:

@@ -11,7 +11,7 @@ import numpy as np
 from datapath.drivers.ebpf import layout
 from datapath.drivers.ebpf.ledger import Ledger
 from datapath.drivers.ebpf.maps import U32, Table
-from datapath.drivers.ebpf.records import address_bytes
+from datapath.drivers.ebpf.records import address_bytes, address_text
 from datapath.errors import NotReady, UnsupportedKind
 
 
@@ -52,15 +52,13 @@ class Hosts:
         """Name of a host by its index, "" if it is gone."""
         return next((name for name, (number, _) in self._known.items() if number == index), "")
 
-    def by_address(self, address: str) -> str:
-        """Name of the host with that underlay address, "" if there is none."""
-        return next((name for name, (_, known) in self._known.items() if known == address), "")
-
     def replace(self, hosts: Mapping[str, str], in_use: Collection[int]) -> list[int]:
         """Make these the cluster's hosts. Returns indexes of those that are gone; `in_use` are not given anew.
 
-        A host that changed its address gets a new index. Raises ValueError for what is no address.
+        A host that changed its address gets a new index. Raises ValueError for what is no address. An IPv6 address
+        has many spellings; one is kept, or a host would not know itself among them.
         """
+        hosts = {name: address_text(address_bytes(address)) for name, address in hosts.items()}
         with self._lock:
             kept = {n: known for n, known in self._known.items() if hosts.get(n) == known[1]}
             gone = {n: known for n, known in self._known.items() if n not in kept}
