@@ -42,8 +42,10 @@ class Cluster:
         self.roster = Roster()
         self._places = Acknowledgements()
         self.migrations = Migrations(self.store, self.roster, self._places, self._deadlines)
-        self.declarations = Declarations(self.store, self.roster, self.migrations, self._running_instances, self._push)
         self._removals = Removals(self.store, self.roster)
+        self.declarations = Declarations(
+            self.store, self.roster, self.migrations, self._removals, self._running_instances, self._push
+        )
         self._later: asyncio.TimerHandle | None = None
         self._stopped = False
         self._resync: asyncio.TimerHandle | None = None
@@ -93,7 +95,6 @@ class Cluster:
             self._start_sync(session, self._sync_common())
             self._removals.attached(session)
             self.migrations.attached(hello)
-            self.declarations.end_leftovers(hello)
         except BaseException:
             self.leave(session)
             raise
@@ -124,6 +125,7 @@ class Cluster:
                 self.migrations.redirect_idle(session.host, message.redirect_idle)
             case "guest":
                 log.info("guest", host=session.host, vm=message.guest.vm, state=message.guest.state)
+                self.migrations.guest(session.host, message.guest)
             case "instance":
                 log.debug("instance", host=session.host, vm=message.instance.vm, state=message.instance.state)
 

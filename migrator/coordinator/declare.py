@@ -17,6 +17,7 @@ from migrator.coordinator.catalog import Catalog, moved_writes, place_names
 from migrator.coordinator.change import Planned, Running, epoch_counter, outcome, plan_apply
 from migrator.coordinator.journal import Batch, Entry, Journal, Write
 from migrator.coordinator.migrations import Migrations
+from migrator.coordinator.removals import Removals
 from migrator.coordinator.roster import Roster
 from migrator.coordinator.store import Store
 from migrator.errors import AlreadyMigrating, ConfigInvalid, DeadlineExceeded, PreflightFailed
@@ -137,11 +138,12 @@ class Declarations:
         store: Store,
         roster: Roster,
         migrations: Migrations,
+        removals: Removals,
         running: Callable[[], Mapping[tuple[str, str, str], int]],
         push: Callable[[Sequence[Entry]], None],
     ) -> None:
         self._store, self._roster, self._migrations = store, roster, migrations
-        self._running, self._push = running, push
+        self._removals, self._running, self._push = removals, running, push
 
     async def declare(self, request: pb.DeclareRequest) -> pb.ApplyReply:
         """Raises ConfigInvalid, AlreadyMigrating (another set during a move), PreflightFailed (it runs elsewhere)."""
@@ -184,10 +186,12 @@ class Declarations:
         planned = plan.planned
         if moving and (planned.writes or plan.removals):
             raise AlreadyMigrating(f"VM {request.vm} is being moved: its ports cannot change", hint="wait for its end")
+        for _, removal in plan.removals:
+            planned.counters.update(self._removals.counters(removal))
         before = dict(catalog.places)
         entries = self._store.commit(Batch(planned.writes, counters=planned.counters)) if planned.writes else ()
         for host, removal in plan.removals:
-            self._roster.send(host, remove=removal)
+            self._removals.order(host, removal)
         changed = (entry.name for entry in entries if entry.sort == "place")
         gone = [before[name] for name in changed if name in before and name not in catalog.places]
         if gone:
@@ -196,17 +200,6 @@ class Declarations:
             self._push(entries)
             log.info("ports declared", host=request.host, vm=request.vm, changed=planned.changed)
         return pb.ApplyReply(revision=self._store.revision, changed=planned.changed, warnings=planned.warnings)
-
-    def end_leftovers(self, hello: pb.Hello) -> None:
-        """Instances of VMs that were declared elsewhere while this agent was away end here."""
-        for instance in hello.instances:
-            port = self._store.catalog.ports.get(f"{instance.vm}/{instance.mac}")
-            if port is None or port.host == hello.host or instance.migration or instance.state == "stub":
-                continue
-            newer = self._store.catalog.epoch(port) > instance.epoch
-            if port.declared_by and newer and self._migrations.moving(instance.vm) is None:
-                removal = pb.PortRemoval(vm=instance.vm, mac=instance.mac, epoch=instance.epoch)
-                self._roster.send(hello.host, remove=removal)
 
 
 def _check(request: pb.DeclareRequest) -> None:
