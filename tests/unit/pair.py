@@ -111,6 +111,13 @@ class Side:
             raise GuestFailed(f"the VM moves to {self.all.moving}")
         self.all.moving = to
 
+    async def leaving(self, vm: str) -> bool:
+        assert vm == VM
+        return True
+
+    async def accompany(self, vm: str) -> None:
+        assert vm == VM
+
     async def remaining(self, vm: str, downtime_ms: int) -> Remaining:
         assert vm == VM
         return Remaining(0, self.all.converged and downtime_ms >= self.all.needed_ms)

@@ -39,6 +39,15 @@ class GuestDriver(Protocol):
     async def migrate(self, vm: str, to: str) -> None:
         """Begin to move the VM's memory to host `to`."""
 
+    async def leaving(self, vm: str) -> bool:
+        """Is a move of the VM to another host in hand here? A hypervisor that does not speak of moves says yes."""
+
+    async def accompany(self, vm: str) -> None:
+        """A move of the VM that somebody else ordered of the hypervisor begins: it is watched, and may be tuned.
+
+        Raises GuestFailed when the hypervisor moves it nowhere. The event `failed` follows if it ends where it began.
+        """
+
     async def remaining(self, vm: str, downtime_ms: int) -> Remaining:
         """How much is left to copy, and whether the guest may be stopped for it: no longer than `downtime_ms`."""
 
@@ -65,7 +74,15 @@ class _Entry:
     make: Callable[[Mapping[str, Any]], GuestDriver]
 
 
-_DRIVERS = {"none": _Entry(NoGuests), "process": _Entry(ProcessGuests)}
+def _libvirt(options: Mapping[str, Any]) -> GuestDriver:
+    try:
+        from migrator.agent.libvirt.guests import LibvirtGuests  # only who uses libvirt needs its library
+    except ImportError as error:
+        raise ConfigInvalid(f"guests.driver libvirt: {error}", hint="install libvirt's client library") from error
+    return LibvirtGuests(options)
+
+
+_DRIVERS = {"none": _Entry(NoGuests), "process": _Entry(ProcessGuests), "libvirt": _Entry(_libvirt)}
 
 
 def guest_driver(name: str, options: Mapping[str, Any]) -> GuestDriver:

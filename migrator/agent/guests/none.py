@@ -46,6 +46,13 @@ class NoGuests:
     async def migrate(self, vm: str, to: str) -> None:
         del vm, to
 
+    async def leaving(self, vm: str) -> bool:
+        del vm
+        return True
+
+    async def accompany(self, vm: str) -> None:
+        del vm
+
     async def remaining(self, vm: str, downtime_ms: int) -> Remaining:
         del vm, downtime_ms
         return Remaining(bytes=0, converged=True)

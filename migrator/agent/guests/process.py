@@ -163,6 +163,13 @@ class ProcessGuests:
     async def migrate(self, vm: str, to: str) -> None:
         await self._link(vm).ask("migrate", to=to)
 
+    async def leaving(self, vm: str) -> bool:
+        del vm  # it has no word for it
+        return True
+
+    async def accompany(self, vm: str) -> None:
+        del vm
+
     async def remaining(self, vm: str, downtime_ms: int) -> Remaining:
         reply = await self._link(vm).ask("remaining", downtime_ms=downtime_ms)
         return Remaining(int(reply.get("bytes", 0)), bool(reply.get("converged")))

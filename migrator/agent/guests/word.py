@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from migrator.errors import MigrationError
 
 
 @dataclass(frozen=True)
 class GuestEvent:
-    """`what`: "running", "paused", "gone", or "failed" (a move ended where it began).
+    """`what`: "running", "paused", "gone", "failed" (a move ended where it began), "measured" (a move from here is
+    complete: `memory` is what it took, as in Remaining).
 
     `moving`: part of a move between hosts. `time` is CLOCK_MONOTONIC in seconds when it happened, 0 unknown.
     """
@@ -19,14 +21,16 @@ class GuestEvent:
     moving: bool = False
     reason: str = ""
     time: float = 0.0
+    memory: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Remaining:
-    """Memory of the guest that the other host does not have yet."""
+    """Memory of the guest that the other host does not have yet. `memory`: as in Migration.memory."""
 
     bytes: int
     converged: bool
+    memory: Mapping[str, float] = field(default_factory=dict)
 
 
 class GuestFailed(MigrationError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +19,9 @@ class LibvirtOptions(BaseModel):
 
     uri: str = "qemu:///system"
     connect_s: float = Field(default=10.0, gt=0)  # the agent's start waits so long for libvirtd
+    hook_socket: Path = Path("/run/migrator/hook.sock")  # of the hook and the lock driver
+    begin_wait_s: float = Field(default=100.0, gt=0)  # the hook `migrate`: until the copy of the state has begun
+    copy_wait_s: float = Field(default=30.0, ge=0)  # the hook `prepare`: for the first full copy, then it goes on
     migrate_uri: str = "qemu+tcp://{host}/system"  # by which libvirtd here reaches the one there
     data_uri: str = ""  # by which QEMU here reaches QEMU there: "tcp://{host}"; "": as libvirt finds it
     uris: dict[str, str] = {}  # host -> migrate_uri, where the pattern does not fit
