@@ -140,7 +140,7 @@ class Arrivals:
         if await arrival.until(COPIED, self._copy_s):
             self._log.info("first copy", vm=vm, waited_ms=round((time.monotonic() - began) * 1e3, 1))
             return ""
-        if arrival.failed:
+        if arrival.failed and not isinstance(arrival.error, PeerLost):
             raise arrival.refusal()
         if arrival.over:
             return "the coordinator was lost: not known whether the first copy is complete"
