@@ -25,7 +25,7 @@ from migrator.lifecycle.machine import Action, Event, Role
 from migrator.snapshot import decode_section
 
 ANNOUNCE_S = (0.0, 0.05, 0.15)  # pauses before each announcement: 0, 50 and 200 ms after the ports have opened
-SOURCE_FIRST_S = 1.0  # as the switch has it
+SOURCE_FIRST_S = 1.0  # less than the switch waits by itself, which keeps no order
 LEASED = frozenset(Phase) - {Phase.STAGING, Phase.OPENING, Phase.OPEN, *words.OVER}
 
 

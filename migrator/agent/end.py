@@ -102,6 +102,7 @@ class End(abc.ABC):
         self.log = structlog.get_logger().bind(migration=report.id, vm=report.vm, role=str(self.role))
         self.closed = False
         self.said: dict[str, str] = {}  # the last word told, with its reason
+        self.flaw: str | None = None  # the reason of a "degraded" that was told
         self._actions: asyncio.Queue[Action] = asyncio.Queue()
         self._beside: dict[str, asyncio.Task[None]] = {}
         self._deadline: asyncio.TimerHandle | None = None
@@ -262,14 +263,21 @@ class End(abc.ABC):
         """Progress for the coordinator; it is told again when it comes back."""
         self.report.reason = reason or self.report.reason
         self.said = {"what": what, "reason": reason}
+        if what == "degraded":
+            self.flaw = reason
         log = self.log.warning if what in {"failed", "degraded"} else self.log.info
         log(what, reason=reason, **({"times_ms": self.report.times_ms} if what in {"settled", "opened"} else {}))
-        self.tell_again()
+        self.tell_now(what, reason)
 
-    def tell_again(self, what: str = "", reason: str = "") -> None:
-        what, reason = what or self.said.get("what", ""), reason or self.said.get("reason", "")
-        if not what:
-            return
+    def tell_again(self) -> None:
+        """Who comes back hears the last word; a flaw as well, which no later word takes back."""
+        if self.flaw is not None and self.said["what"] != "degraded":
+            self.tell_now("degraded", self.flaw)
+        if self.said:
+            self.tell_now(**self.said)
+
+    def tell_now(self, what: str, reason: str = "") -> None:
+        """Progress that is not repeated."""
         problem = pb.Problem(kind="MigrationError", message=reason) if reason else None
         progress = pb.Progress(
             migration=self.report.id,

@@ -54,7 +54,7 @@ class SourceEnd(End):
             call=self.call,
             write=self._write,
             small=self._small_round,
-            progress=lambda: self.tell_again("running"),
+            progress=lambda: self.tell_now("running"),
         )
         self._moving_guest = False
         super().__init__(around, report, refs, state)
@@ -164,18 +164,17 @@ class SourceEnd(End):
         elif which == "round_done":
             self.rounds.loaded(message.round_done)
         elif which == "committed":
-            self._peer_committed(message.committed)
+            self.report.commit(message.committed)
+            self.post(words.PeerCommitted())
         elif which == "opened":
+            if message.opened.degraded and self.flaw is None:
+                self.tell("degraded", "the destination opened before all of the VM's state was there")
             self.report.mark("opened")
             self.post(words.PeerOpened())
         elif which == "settled":
             self.post(words.PeerSettled())
         elif which == "failed":
             self.post(words.PeerFailed(message.failed.message))
-
-    def _peer_committed(self, committed: pb.Committed) -> None:
-        self.report.commit(committed)
-        self.post(words.PeerCommitted())
 
     async def _copy(self, _: words.Copy) -> None:
         if not self.order.ordered_elsewhere:

@@ -158,7 +158,7 @@ def _committed(state: State, _: Said) -> Step:
 
 def _opened(state: State, event: Said) -> Step:
     """The guest runs at the destination, whatever was thought before."""
-    if event.role is A and event.what == "degraded":
+    if event.what == "degraded" and (event.role is A or state.phase in MOVED):
         return replace(state, degraded=True, reason=state.reason or event.reason), ()
     if state.phase in MOVED:
         return state, ()

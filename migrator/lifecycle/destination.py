@@ -265,7 +265,8 @@ def _timeout(state: State, event: Timeout) -> Step:
 def _restarted(state: State, event: Restarted) -> Step:
     state = replace(state, guest=event.guest, committed=event.committed, committing=False, asked=False)
     if state.phase in _AGAIN:
-        return state, _AGAIN[state.phase]
+        flaw = (Tell("degraded"),) if state.degraded else ()
+        return state, (*flaw, *_AGAIN[state.phase])
     if not event.committed:
         state = replace(state, phase=Phase.FENCED)
         return _degrade(state, "the agent was restarted during the transfer") if event.guest else (state, ())

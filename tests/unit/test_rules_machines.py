@@ -90,3 +90,23 @@ def test_a_rule_that_was_withdrawn_on_the_way_stays_withdrawn(tmp_path: Path, mo
             await eventually(lambda: ports("b") == [80])
 
     asyncio.run(scenario())
+
+
+def told(state: b.State) -> list[str]:
+    """What a destination says that is taken up again."""
+    _, actions = b.step(state, bw.Restarted(guest=True, committed=True))
+    return [action.what for action in actions if isinstance(action, bw.Tell)]
+
+
+@pytest.mark.parametrize("phase", [bw.Phase.OPEN, bw.Phase.SETTLED])
+def test_a_flaw_outlives_the_agent_that_told_it(phase: bw.Phase) -> None:
+    assert "degraded" in told(b.State(phase=phase, guest=True, committed=True, degraded=True))
+    assert "degraded" not in told(b.State(phase=phase, guest=True, committed=True))
+
+
+@pytest.mark.parametrize("role", [Role.SOURCE, Role.DESTINATION])
+def test_a_flaw_counts_though_the_opening_was_known_before(role: Role) -> None:
+    """The coordinator has seen that the port is active, from what an agent said of its ports when it came back."""
+    state, _ = c.step(c.State(phase=c.Phase.OPEN), c.Said(role, "degraded", "the last changes are missing"))
+    _, actions = c.step(state, c.Said(Role.SOURCE, "settled"))
+    assert c.Finish(c.Outcome.DEGRADED, "the last changes are missing") in actions

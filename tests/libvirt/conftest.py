@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Tests with libvirt and QEMU: two hosts with a libvirtd each, real guests without KVM."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from migrator.lab.machines import Machine, Port, add_outsider
+from tools import guest_kernel
+
+from .lab import GuestMachine, LibvirtLab, Wiring, add_guest
+from .lab.image import image
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.root)
+            if os.geteuid() != 0:
+                item.add_marker(pytest.mark.skip(reason="needs root for namespaces"))
+            elif not shutil.which("libvirtd"):
+                item.add_marker(pytest.mark.skip(reason="needs libvirt-daemon"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guest_image() -> None:
+    """What guests boot, built before the first deadline runs."""
+    try:
+        image()
+    except guest_kernel.Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def bridged() -> Iterator[LibvirtLab]:
+    """Two libvirt hosts with a Linux bridge each on the fabric, and nothing of the migrator."""
+    with LibvirtLab() as lab:
+        lab.bridge()
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def guest(bridged: LibvirtLab) -> GuestMachine:
+    """One guest on the bridge, booted at h1. Each test leaves it running, on whichever host."""
+    port = Port("52:54:00:00:00:10", "", ("10.1.0.1", "fd00:1::1"))
+    machine = add_guest(bridged, "vm1", "h1", [port], Wiring("bridge", bridge="br0"))
+    machine.booted()
+    return machine
+
+
+@pytest.fixture(scope="module")
+def outsider(bridged: LibvirtLab) -> Machine:
+    """A peer on the fabric."""
+    return add_outsider(bridged, "peer", Port("02:00:00:00:00:20", "", ("10.1.2.1", "fd00:1::2:1")))
+
+
+@pytest.fixture
+def clean_guest(guest: GuestMachine) -> Iterator[GuestMachine]:
+    """The same guest without sockets or counts of an earlier test."""
+    yield guest
+    guest.reset()

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The lab itself: hosts that are apart, guests that are reached, counted and moved by libvirt over plain bridges."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from migrator.lab import netns
+from migrator.lab.machines import Machine
+from migrator.lab.processes import wait_until
+from migrator.lab.topology import Lab
+from migrator.lab.workers.probe import FORMAT, MAGIC
+
+from .lab import GuestMachine, LibvirtLab, migrate
+
+SERVICE, NUMBERS = 7000, 9000
+
+
+def test_hosts_are_apart(bridged: LibvirtLab, guest: GuestMachine) -> None:
+    here, there = (bridged.hosts[name] for name in ("h1", "h2"))
+    assert here.connection().getHostname() == "h1" and there.connection().getHostname() == "h2"
+    assert here.uuid in here.connection().getCapabilities()
+    place = guest.place()
+    other = bridged.hosts["h2" if place == "h1" else "h1"]
+    assert other.connection().listAllDomains() == []
+    assert "qemu-system" in bridged.hosts[place].run_inside("ps", "-A", "-o", "comm")
+    assert "qemu-system" not in other.run_inside("ps", "-A", "-o", "comm")
+
+
+@pytest.mark.slow
+def test_a_guest_moves_there_and_back_and_keeps_its_connections(clean_guest: GuestMachine, outsider: Machine) -> None:
+    talkers = []
+    for server, client in ((clean_guest, outsider), (outsider, clean_guest)):
+        server.worker("tcp").call("listen", address="0.0.0.0", port=SERVICE)
+        talker = client.worker("tcp")
+        assert talker.call("connect", address=server.address, port=SERVICE, count=20)["connected"] == 20
+        talker.call("flow", every_ms=200, size=64)
+        talkers.append(talker)
+    start = clean_guest.place()
+    for to in ("h2", "h1") if start == "h1" else ("h1", "h2"):
+        assert migrate(clean_guest, to).passes <= 3
+        assert clean_guest.place() == to
+        for talker in talkers:
+            checked = talker.call("check", size=2000, timeout_s=15)
+            assert (checked["total"], checked["lost"]) == (20, 0), checked["reasons"]
+
+
+def test_numbers_are_counted_inside(clean_guest: GuestMachine, outsider: Machine) -> None:
+    worker = clean_guest.worker("probe")
+    worker.call("receive", address="0.0.0.0", port=NUMBERS)
+    with netns.entered(outsider.lab.path(outsider.name)):
+        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with sender:
+        for number in (0, 1, 1, 5, 3):
+            sender.sendto(FORMAT.pack(MAGIC, 7, number), (clean_guest.address, NUMBERS))
+    found = wait_until("five came", lambda: _counted(worker.call("report")["flows"].get("7"), 5))
+    assert found == {
+        "received": 4,
+        "newest": 5,
+        "missing": [2, 4],
+        "missing_count": 2,
+        "doubled": 1,
+        "overtaken": 1,
+        "beyond": 0,
+    }
+
+
+def _counted(flow: dict[str, int] | None, count: int) -> dict[str, int] | None:
+    return flow if flow and flow["received"] + flow["doubled"] == count else None
+
+
+@pytest.mark.parametrize("ipv6", [False, True], ids=["v4", "v6"])
+def test_numbers_flow_both_ways(clean_guest: GuestMachine, outsider: Machine, ipv6: bool) -> None:
+    inside, outside = clean_guest.worker("probe"), outsider.worker("probe")
+    addresses = (clean_guest.address6, outsider.address6) if ipv6 else (clean_guest.address, outsider.address)
+    port = NUMBERS + 1 + ipv6
+    for end in (inside, outside):
+        end.call("receive", address="::" if ipv6 else "0.0.0.0", port=port)
+    outside.call("send", flow=1, address=addresses[0], port=port, every_ms=2)
+    inside.call("send", flow=2, address=addresses[1], port=port, every_ms=2)
+    for end, flow in ((inside, "1"), (outside, "2")):
+        wait_until(
+            f"flow {flow}", lambda e=end, f=flow: e.call("report")["flows"].get(f, {}).get("received", 0) > 300, 20.0
+        )
+    for receiver, sender, flow in ((inside, outside, 1), (outside, inside, 2)):
+        sent = sender.call("stop", flow=flow)["sent"]
+        wait_until(
+            "the last came",
+            lambda r=receiver, f=flow, s=sent: r.call("report")["flows"][str(f)]["newest"] == s - 1,
+        )
+        report = receiver.call("report")["flows"][str(flow)]
+        assert (report["missing_count"], report["doubled"], report["overtaken"]) == (0, 0, 0)
+
+
+def test_a_guest_outlives_its_libvirtd(bridged: LibvirtLab, clean_guest: GuestMachine) -> None:
+    host = bridged.hosts[clean_guest.place()]
+    before = host.domain(clean_guest.uuid)
+    assert before is not None
+    number = before.ID()
+    host.libvirtd.kill()
+    host.start_libvirtd()
+    after = host.domain(clean_guest.uuid)
+    assert after is not None and after.ID() == number
+    clean_guest.control.call("ping")
+
+
+SCRIPT = """
+import sys
+from migrator.lab.machines import Port
+from tests.libvirt.lab import LibvirtLab, Wiring, add_guest
+with LibvirtLab() as lab:
+    guest = add_guest(lab, "vm", "h1", [Port("52:54:00:00:00:11", "", ("10.1.0.1",))])
+    print(lab.prefix, lab.directory, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
+def test_nothing_is_left(end: signal.Signals) -> None:
+    lab = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with lab:
+        assert lab.stdout is not None
+        prefix, directory = lab.stdout.readline().split()
+        assert _of(directory), "the lab has no processes that one could find"
+        lab.send_signal(end)
+    wait_until("its processes have ended", lambda: not _of(directory), 10.0, explain=lambda: _of(directory))
+    if end == signal.SIGKILL:  # the kernel ended the hosts; the next lab removes what is no process
+        with Lab(("h1",)):
+            pass
+    assert not Path(directory).exists()
+    assert not list(netns.RUN.glob(f"{prefix}*"))
+    mounts = Path("/proc/self/mounts").read_text()
+    assert prefix not in mounts and directory not in mounts
+
+
+def _of(directory: str) -> list[str]:
+    """Processes that name the lab's directory, on their command line or as a mount of theirs."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().decode(errors="replace")
+            if directory in words or directory in (process / "mountinfo").read_text():
+                found.append(words.replace("\0", " "))
+    return found
