@@ -26,7 +26,9 @@ from datapath.errors import NotReady
 from datapath.provider import Pumped
 
 CHANNEL_MAX = (1 << 24) - 1
-SOURCE_FIRST_S = 1.0  # frames that come by themselves wait so long for what the source held, and no longer
+SOURCE_FIRST_S = 1.5
+"""Frames that come by themselves wait so long for what the source held when nobody lets them go (`source_done`). Longer
+than whoever calls waits: what passes by the lease overtakes what it finds waiting."""
 
 
 class Switchover:
