@@ -6,6 +6,7 @@ import errno
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -58,6 +59,7 @@ class Sweeper:
             self._thread.join()
 
     def _run(self) -> None:
+        Path("/proc/thread-self/comm").write_text("sweeper")  # for whoever looks at the agent's threads
         due_l2 = 0
         while not self._stop.wait(min(INTERVAL_MIN_S, self._interval_s)):
             try:
