@@ -238,15 +238,23 @@ def test_what_the_guest_sends_before_the_open_waits(pair: list[Host]) -> None:
     assert got == list(range(stream.sent))
 
 
-@either_underlay
-def test_probe_of_the_path(pair: list[Host]) -> None:
+@pytest.mark.parametrize(
+    ("pair", "passing", "lost"),
+    [(4, (100, 1514, 9000), ()), (6, (100, 1600 - 56), (1600 - 55, 9000))],
+    indirect=["pair"],
+    ids=["ipv4", "ipv6"],
+)
+def test_probe_of_the_path(pair: list[Host], passing: tuple[int, ...], lost: tuple[int, ...]) -> None:
+    """IPv4 cuts what is too large for the underlay's 1,600 bytes; IPv6 does not, and no redirected frame would pass."""
     source, target = pair
     vm = source.guest("10.0.0.1", network="vlan")
     moved = twin(target, vm)
     assert not source.run(lambda: source.driver.probe_path(CHANNEL, "h2", 1514, 0.3)), "no channel is open there"
     target.run(lambda: target.driver.accept_redirect(moved.ref, CHANNEL, "h1"))
-    for size in (100, 1514, 9000):
+    for size in passing:
         assert source.run(lambda size=size: source.driver.probe_path(CHANNEL, "h2", size, 3.0))  # type: ignore[misc]
+    for size in lost:
+        assert not source.run(lambda size=size: source.driver.probe_path(CHANNEL, "h2", size, 0.3))  # type: ignore[misc]
     assert not source.run(source.driver.remains).get("channels")
 
 

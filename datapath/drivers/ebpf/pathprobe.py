@@ -1,8 +1,9 @@
 """Does a frame of full size pass between two hosts? Asked before a migration counts on it.
 
 The probe is a VXLAN packet as the tunnel device sends them (RFC 7348 with the group policy extension), made by hand so
-that it can have any size and is fragmented underway as redirected frames would be. The far end's program hands it to
-its agent (EVENT_PROBE), which sends one of the same size back.
+that it can have any size, and treated underway as redirected frames are: cut to fragments over IPv4, and over IPv6
+dropped where it is too large, for there the kernel cuts no packet of a tunnel (net/ipv6/ip6_output.c, ip6_fragment:
+ignore_df). The far end's program hands it to its agent (EVENT_PROBE), which sends one of the same size back.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _MAGIC = b"mgrp"
 _REQUEST, _REPLY = 1, 2
 SIZE_MIN = len(_ETHERNET) + _BODY.size
 SIZE_MAX = 65_000
-_DONT_FRAGMENT_NEVER = 0  # IP_PMTUDISC_DONT: let routers, and us, cut it as they would cut the tunnel's
+_IP_MTU_DISCOVER, _IP_PMTUDISC_DONT = 10, 0  # linux/in.h
+_IPV6_MTU_DISCOVER, _IPV6_PMTUDISC_DO = 23, 2  # linux/in6.h
 
 
 class PathProbe:
@@ -58,7 +60,8 @@ class PathProbe:
             self._waiting[nonce] = answered
         try:
             with self._open_for_answer(channel, address):
-                return self._send(_REQUEST, channel, nonce, address, size) and answered.wait(timeout_s)
+                self._send(_REQUEST, channel, nonce, address, size)
+                return answered.wait(timeout_s)
         finally:
             with self._lock:
                 del self._waiting[nonce]
@@ -94,18 +97,17 @@ class PathProbe:
             if opened is not None:
                 self._send(_REPLY, channel, nonce, address_text(opened["from"].tobytes()), size)
 
-    def _send(self, what: int, channel: int, nonce: int, address: str, size: int) -> bool:
+    def _send(self, what: int, channel: int, nonce: int, address: str, size: int) -> None:
+        """What cannot be sent (too large, no route) is as one that is lost: no answer comes."""
         body = _BODY.pack(_MAGIC, what, nonce, size)
         frame = (_ETHERNET + body).ljust(size, b"\0")
         packet = _VXLAN.pack(_FLAGS, C.MARK_PROBE, (channel & 0xFFFFFF) << 8) + frame
         v6 = ipaddress.ip_address(address).version == 6
         with socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_DGRAM) as sender:
             if v6:
-                sender.setsockopt(socket.IPPROTO_IPV6, 23, _DONT_FRAGMENT_NEVER)  # IPV6_MTU_DISCOVER
+                sender.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _IPV6_PMTUDISC_DO)
             else:
-                sender.setsockopt(socket.IPPROTO_IP, 10, _DONT_FRAGMENT_NEVER)  # IP_MTU_DISCOVER
+                sender.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
             with contextlib.suppress(OSError):
                 sender.bind((self._own, 0))
                 sender.sendto(packet, (address, self._port))
-                return True
-        return False
