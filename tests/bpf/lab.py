@@ -36,6 +36,7 @@ _SOL_PACKET, _PACKET_AUXDATA, _PACKET_OUTGOING = 263, 8, 4
 _SO_RCVBUFFORCE = 33
 _TP_STATUS_VLAN_VALID = 1 << 4
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
+_SIOCGIFFLAGS, _IFF_RUNNING = 0x8913, 0x40
 _numbers = itertools.count()
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -56,6 +57,13 @@ def up(name: str) -> int:
     """Set a device up. Returns its ifindex."""
     _ip("link", "set", name, "up")
     return socket.if_nametoindex(name)
+
+
+def _is_running(name: str) -> bool:
+    """The kernel has seen the carrier: until then it drops what is sent, and on a busy machine that lasts."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        answer = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack("16sH22x", name.encode(), 0))
+    return bool(struct.unpack_from("16xH", answer)[0] & _IFF_RUNNING)
 
 
 @contextlib.contextmanager
@@ -208,6 +216,8 @@ class Lab:
         _ip(*arguments)
         for name in (near, far):
             _ip("link", "set", name, "up")
+        for name in (near, far):
+            wait_for(lambda name=name: _is_running(name), f"{name} runs")  # type: ignore[misc]
         wire = Wire(far)
         self._stack.callback(wire.close)
         return socket.if_nametoindex(near), wire
