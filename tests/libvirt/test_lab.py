@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,18 +87,17 @@ def test_numbers_flow_both_ways(clean_guest: GuestMachine, outsider: Machine, ip
         end.call("receive", address="::" if ipv6 else "0.0.0.0", port=port)
     outside.call("send", flow=1, address=addresses[0], port=port, every_ms=2)
     inside.call("send", flow=2, address=addresses[1], port=port, every_ms=2)
-    for end, flow in ((inside, "1"), (outside, "2")):
-        wait_until(
-            f"flow {flow}", lambda e=end, f=flow: e.call("report")["flows"].get(f, {}).get("received", 0) > 300, 20.0
-        )
     for receiver, sender, flow in ((inside, outside, 1), (outside, inside, 2)):
+        wait_until(f"flow {flow}", partial(_reached, receiver, flow, 300), 20.0)
         sent = sender.call("stop", flow=flow)["sent"]
-        wait_until(
-            "the last came",
-            lambda r=receiver, f=flow, s=sent: r.call("report")["flows"][str(f)]["newest"] == s - 1,
-        )
-        report = receiver.call("report")["flows"][str(flow)]
+        report = wait_until("the last came", partial(_reached, receiver, flow, sent - 1))
         assert (report["missing_count"], report["doubled"], report["overtaken"]) == (0, 0, 0)
+
+
+def _reached(worker: Any, flow: int, number: int) -> dict[str, Any] | None:
+    """A flow's report once a number has come."""
+    report: dict[str, Any] = worker.call("report")["flows"].get(str(flow), {"newest": -1})
+    return report if report["newest"] >= number else None
 
 
 def test_a_guest_outlives_its_libvirtd(bridged: LibvirtLab, clean_guest: GuestMachine) -> None:
