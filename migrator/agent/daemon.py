@@ -20,7 +20,7 @@ from migrator.agent import metrics
 from migrator.agent.config import AgentConfig
 from migrator.agent.end import End, Surroundings
 from migrator.agent.ends import Ends
-from migrator.agent.guests import GuestDriver, GuestEvent, guest_driver
+from migrator.agent.guests import GuestDriver, GuestEvent, guest_driver, whereabouts
 from migrator.agent.host import HostConfig
 from migrator.agent.link import Link
 from migrator.agent.local import AgentService
@@ -230,6 +230,7 @@ class Agent:
     async def _carry_out(
         self, request: int, which: str, handler: Callable[[int, Any], Coroutine[Any, Any, None]], body: Any
     ) -> None:
+            "guest": self._whereabouts,
         try:
             await handler(request, body)
         except Error as error:
@@ -308,6 +309,9 @@ class Agent:
         self._reply(request)
 
     # ---- at intervals ----
+
+    async def _whereabouts(self, request: int, query: pb.GuestQuery) -> None:
+        self._reply(request, guest=str(whereabouts(self.guests, query.vm) or ""))
 
     async def _leases(self) -> None:
         """States that must not outlive the agent are renewed well before they would end."""

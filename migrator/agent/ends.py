@@ -15,7 +15,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.agent import orders
 from migrator.agent.destination import DestinationEnd
 from migrator.agent.end import End, Surroundings
-from migrator.agent.guests import GuestEvent
+from migrator.agent.guests import GuestEvent, whereabouts
 from migrator.agent.source import SourceEnd
 from migrator.errors import AlreadyMigrating, Corrupt, MigrationNotFound
 from migrator.lifecycle import destination as destination_machine
@@ -135,6 +135,9 @@ class Ends:
         """False when nothing of that migration is here."""
         ends = self._named(order.migration)
         for end in ends:
+            nowhere = order.gone and whereabouts(self._around.guests, end.vm) is Guest.GONE
+            if nowhere and isinstance(end, SourceEnd):
+                end.post(leaving.GuestGone(moved=False))  # it may have ended before anybody listened
             at = {end.report.source: Role.SOURCE, end.report.destination: Role.DESTINATION}.get(order.guest_at)
             end.post(Verdict(guest_at=at, committed=order.committed, opened=order.opened, gone=order.gone))
         return bool(ends)

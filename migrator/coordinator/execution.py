@@ -24,6 +24,7 @@ from migrator.coordinator.roster import Roster
 from migrator.coordinator.running import Running, close, decode
 from migrator.coordinator.settings import Deadlines
 from migrator.coordinator.store import Store
+from migrator.coordinator.whereabouts import Doubts
 from migrator.errors import JournalFailed, PeerLost, PreflightFailed
 from migrator.faults import reach
 from migrator.lifecycle import coordinator as machine
@@ -50,6 +51,7 @@ class Execution:
         self._store, self._roster, self._places, self.deadlines = store, roster, places, deadlines
         self.running: dict[str, Running] = {}
         self.stopped = False
+        self.doubts = Doubts(roster, self.feed)
         self._tasks: set[asyncio.Task[None]] = set()
         reports = store.catalog.objects["migration"].values()
         self._finished = [r.id for r in sorted(reports, key=lambda r: r.finished_at) if r.done]
@@ -79,6 +81,7 @@ class Execution:
     def stop(self) -> None:
         """Let go of timers and of questions to agents; what is in hand stays in the journal as it is."""
         self.stopped = True
+        self.doubts.stop()
         for task in self._tasks:
             task.cancel()
         for run in self.running.values():
@@ -97,8 +100,9 @@ class Execution:
         before, run.machine = run.machine, state
         self._note(run, before, actions)
         moves = any(isinstance(action, machine.MovePlace) for action in actions)
+        renews = any(isinstance(action, machine.Renew) for action in actions)
         try:
-            self._commit(run, moves=moves)
+            self._commit(run, moves=moves, renews=renews)
         except BaseException:
             run.machine = before
             raise
@@ -117,11 +121,17 @@ class Execution:
         if run.machine.phase is Phase.IN_DOUBT:
             run.report.reason = run.machine.reason
 
-    def _commit(self, run: Running, *, moves: bool = False, counters: dict[str, int] | None = None) -> None:
+    def _commit(
+        self, run: Running, *, moves: bool = False, renews: bool = False, counters: dict[str, int] | None = None
+    ) -> None:
         row = MigrationRow(run.id, run.encode() if run.live else None)
         writes = [Write("migration", run.id, run.report.SerializeToString())]
         if moves:
             writes += moved_writes(self._store.catalog, run.agreed.vm, run.agreed.destination, run.agreed.epoch)
+        if renews:
+            counter = epoch_counter(run.agreed.vm)
+            counters = {counter: self._store.journal.counter(counter) + 1}
+            writes += moved_writes(self._store.catalog, run.agreed.vm, run.agreed.source, counters[counter])
         writes += [Write("migration", old, None) for old in self._finished[:-REPORTS_KEPT]]
         self._store.commit(Batch(writes, [row], counters or {}))
         del self._finished[:-REPORTS_KEPT]
@@ -132,7 +142,8 @@ class Execution:
         for action in actions:
             self._act(run, action)
         if run.machine.phase is Phase.DONE and before.phase is not Phase.DONE:
-            self._configure(run)
+            self._configure(run, run.agreed.destination)
+        self.doubts.consider(run)
         if not run.live:
             self.running.pop(run.id, None)
             for timer in (run.deadline, run.report_later):
@@ -167,6 +178,8 @@ class Execution:
                 places = self._store.catalog.places_of(run.agreed.vm)
                 update = pb.PlaceUpdate(places=places, revision=self._store.revision)
                 self._await_places(run, self._roster.broadcast(places=update))
+            case machine.Renew():
+                self._configure(run, run.agreed.source)
             case machine.Finish():
                 self._finished.append(run.id)
                 RUNNING.dec()
@@ -174,10 +187,10 @@ class Execution:
                 DURATION.observe(run.report.finished_at - run.report.started_at)
                 log.info("migration ends", migration=run.id, outcome=run.report.outcome, reason=run.report.reason)
 
-    def _configure(self, run: Running) -> None:
-        """Tables of the source may have overtaken a change on their way: the destination is told the newest again."""
+    def _configure(self, run: Running, host: str) -> None:
+        """Tell a host the VM's ports as they are. At a destination tables may have overtaken a change on their way."""
         for port in self._store.catalog.ports_of(run.agreed.vm):
-            self._roster.send(run.agreed.destination, port=self._store.catalog.order(port))
+            self._roster.send(host, port=self._store.catalog.order(port))
 
     def _order(self, run: Running, role: Role, order: machine.Order, reason: str) -> None:
         host = run.agreed.host(role)

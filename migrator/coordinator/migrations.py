@@ -20,6 +20,7 @@ from migrator.coordinator.roster import Roster
 from migrator.coordinator.running import Agreed, Running, merge, new_report
 from migrator.coordinator.settings import Deadlines
 from migrator.coordinator.store import Store
+from migrator.coordinator.whereabouts import refuse_contradiction, whereabouts
 from migrator.errors import AlreadyMigrating, IllegalTransition, MigrationNotFound, PeerLost
 from migrator.lifecycle import coordinator as machine
 
@@ -125,20 +126,28 @@ class Migrations:
         self._execution.feed(run, machine.AbortAsked("aborted by the operator"))
         return run.report
 
-    def resolve(self, migration: str, guest_at: str) -> pb.Migration:
-        """The operator says where the guest is. Raises MigrationNotFound, IllegalTransition."""
+    async def resolve(self, migration: str, guest_at: str) -> pb.Migration:
+        """The operator says where the guest is, and no hypervisor says otherwise.
+
+        Raises MigrationNotFound, IllegalTransition.
+        """
         run = self._find(migration)
         role = run.agreed.role(guest_at)
         if role is None:
             hosts = f"{run.agreed.source} or {run.agreed.destination}"
             raise IllegalTransition(f"migration {run.id} is not with host {guest_at}", hint=f"--guest-at {hosts}")
+        self._refuse_decided(run)
+        refuse_contradiction(run, guest_at, await whereabouts(self._roster, run))
+        self._refuse_decided(run)  # it may have come to an end meanwhile
+        self._execution.feed(run, machine.Resolved(role))
+        return run.report
+
+    def _refuse_decided(self, run: Running) -> None:
         if run.machine.phase not in machine.UNDECIDED:
             raise IllegalTransition(
                 f"migration {run.id} is {run.machine.phase.reported}: nothing is in doubt",
                 hint="`migrator migration list`",
             )
-        self._execution.feed(run, machine.Resolved(role))
-        return run.report
 
     async def follow(self, migration: str) -> AsyncIterator[pb.Migration]:
         """The report whenever it changes (the newest only), until it is done. Raises MigrationNotFound."""
@@ -168,6 +177,13 @@ class Migrations:
             for word in orders.missed(run, role, hello):
                 self._execution.feed(run, machine.Said(role, word))
             self._execution.feed(run, machine.Back(role))
+            self._execution.doubts.consider(run)
+
+    def guest(self, host: str, news: pb.GuestEvent) -> None:
+        """What a hypervisor said. One that has a VM no more gave it to the other host, or it has ended."""
+        for run in list(self._execution.running.values()):
+            if run.agreed.vm == news.vm and run.agreed.role(host) and news.state == "gone":
+                self._execution.doubts.look(run)
 
     def progress(self, host: str, news: pb.Progress) -> None:
         run = self._execution.running.get(news.migration)

@@ -102,7 +102,7 @@ class CoordinatorService(migrator_pb2_grpc.CoordinatorServicer):
 
     async def Resolve(self, request: pb.ResolveRequest, context: Any) -> pb.Migration:  # noqa: N802
         async with reported(context):
-            return self._cluster.migrations.resolve(request.id, request.guest_at)
+            return await self._cluster.migrations.resolve(request.id, request.guest_at)
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Change]:  # noqa: N802
         async with reported(context):

@@ -24,6 +24,7 @@ from migrator.lifecycle.coordinator_words import (
     Back,
     Described,
     Finish,
+    GuestsGone,
     MovePlace,
     Order,
     Phase,
@@ -31,6 +32,7 @@ from migrator.lifecycle.coordinator_words import (
     Prepared,
     RedirectIdle,
     Refused,
+    Renew,
     Resolved,
     Restarted,
     Said,
@@ -53,6 +55,7 @@ __all__ = [
     "Back",
     "Described",
     "Finish",
+    "GuestsGone",
     "MovePlace",
     "Order",
     "Outcome",
@@ -61,6 +64,7 @@ __all__ = [
     "Prepared",
     "RedirectIdle",
     "Refused",
+    "Renew",
     "Resolved",
     "Restarted",
     "Role",
@@ -87,6 +91,7 @@ class State:
     reason: str = ""
     ended: frozenset[Role] = frozenset()
     rolled_back: bool = False  # the source said that the guest runs there
+    gone: bool = False  # both hypervisors said that they do not have it
     finished: bool = False  # the outcome was told
     redirect_idle: bool = False
     places_known: bool = False
@@ -99,6 +104,7 @@ class State:
 
 Step = tuple[State, tuple[Action, ...]]
 A, B = Role.SOURCE, Role.DESTINATION
+_GONE = Verdict(guest_at=None, gone=True)
 
 
 def begin(*, dry_run: bool = False) -> Step:
@@ -182,6 +188,8 @@ def _rolled_back(state: State, event: Said) -> Step:
     """The source has the VM and its ports are active; or the destination has purged what it staged."""
     if state.phase in MOVED:
         return state, ()
+    if event.what == "rolled-back" and event.role is A:
+        state = replace(state, gone=False)
     if event.role is B:
         return _ended(state, B, event.reason, (Send(A, Order.ABORT, event.reason),))
     return _ended(replace(state, rolled_back=True), A, event.reason, (Tell(B, Verdict(guest_at=A)),))
@@ -194,9 +202,10 @@ def _ended(state: State, role: Role, reason: str, other: tuple[Action, ...]) -> 
         return state, other  # the source knows where the guest is and says so next
     if ended != BOTH:
         return replace(state, phase=Phase.ABORTING), other
+    renew = (Renew(),) if state.gone else ()
     if state.phase is Phase.ABORTED:
-        return state, ()
-    return replace(state, phase=Phase.ABORTED, finished=True), _finish(state, Outcome.ABORTED)
+        return state, renew
+    return replace(state, phase=Phase.ABORTED, finished=True), (*_finish(state, Outcome.ABORTED), *renew)
 
 
 def _failed(state: State, event: Said) -> Step:
@@ -273,7 +282,18 @@ def _back(state: State, event: Back) -> Step:
     return state, ()
 
 
+def _guests_gone(state: State, _: GuestsGone) -> Step:
+    """Only who waits for its guest has to hear it: a source that has ended has its ports as they are to be."""
+    if state.phase not in UNDECIDED | UNDONE or A in state.ended:
+        return state, ()
+    phase = state.phase if state.phase in UNDONE else Phase.ABORTING
+    state = replace(state, phase=phase, gone=True, reason="neither host has the VM any more")
+    return state, (Tell(A, _GONE), Tell(B, _GONE))
+
+
 def _repeat_abort(state: State, role: Role) -> tuple[Action, ...]:
+    if state.gone:
+        return (Tell(role, _GONE),)
     if role is A:
         return (Send(A, Order.ABORT, state.reason),)
     if state.rolled_back:
@@ -347,6 +367,7 @@ _HANDLERS: dict[type[Event], Callable[[State, Any], Step]] = {
     Restarted: _restarted,
     AbortAsked: _abort_asked,
     Resolved: _resolved,
+    GuestsGone: _guests_gone,
     Timeout: _timeout,
     PlacesKnown: _places_known,
     RedirectIdle: _redirect_idle,

@@ -100,6 +100,11 @@ class Resolved(Event):
 
 
 @dataclass(frozen=True)
+class GuestsGone(Event):
+    """Both hypervisors say that they do not have the VM: it died, or was destroyed."""
+
+
+@dataclass(frozen=True)
 class Timeout(Event):
     """The deadline of `phase` has passed. Stale when the phase is another one."""
 
@@ -145,6 +150,11 @@ class Tell(Action):
 @dataclass(frozen=True)
 class MovePlace(Action):
     """The VM is at the destination now: journal it, tell every host."""
+
+
+@dataclass(frozen=True)
+class Renew(Action):
+    """Both ends have purged the ports of a VM that has ended: where it was they begin anew, for it may be started."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Agent:
         self.refuse: set[str] = set()
         self.silent: set[str] = set()
         self.acknowledges = True
+        self.guest = ""  # what its hypervisor says of the VM
         self.on: dict[str, list[str]] = {}
         self.heard: list[pb.ToAgent] = []
         self.migration = ""
@@ -108,6 +109,8 @@ class Agent:
         reply = pb.Reply(request=request)
         if name in self.refuse:
             reply.problem.CopyFrom(pb.Problem(kind="PreflightFailed", message=f"{name} refused", hint="try later"))
+        elif name == "guest":
+            reply.guest = self.guest
         elif name == "describe":
             reply.need.CopyFrom(pb.Need(kinds={"port": 1}, records=b"\x90", epochs={MAC: 1}, connections=65536))
         self.say(reply=reply)

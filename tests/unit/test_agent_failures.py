@@ -255,7 +255,7 @@ def test_without_a_hypervisor_doubt_is_resolved_by_the_operator(tmp_path: Path) 
             await w.stop("b")
             await reach(w, "a", "final", "committed")
             assert not w.active("a")
-            w.cluster.migrations.resolve(migration, "a")
+            await w.cluster.migrations.resolve(migration, "a")
             await eventually(lambda: owners(w) == ["a"])
             assert w.connections("a") == before
 

@@ -189,6 +189,39 @@ def test_neither_host_has_the_vm() -> None:
 # ---- the coordinator ----
 
 
+@pytest.mark.parametrize("phase", sorted(c.UNDECIDED))
+def test_a_vm_that_neither_host_has_is_purged_at_both_and_begins_anew(phase: c.Phase) -> None:
+    gone = Verdict(guest_at=None, gone=True)
+    state, actions = c.step(c.State(phase=phase), c.GuestsGone())
+    assert actions == (c.Tell(A, gone), c.Tell(B, gone))
+    assert [c.step(state, c.Back(role))[1] for role in (A, B)] == [(c.Tell(A, gone),), (c.Tell(B, gone),)]
+    state, actions = c.step(state, c.Said(B, "aborted"))
+    assert not any(isinstance(action, c.Finish | c.Renew) for action in actions)
+    state, actions = c.step(state, c.Said(A, "aborted"))
+    assert state.over
+    assert actions == (c.Finish(Outcome.ABORTED, "neither host has the VM any more"), c.Renew())
+
+
+def test_a_vm_that_runs_at_the_source_after_all_is_not_begun_anew() -> None:
+    state, _ = c.step(c.State(phase=c.Phase.IN_DOUBT), c.GuestsGone())
+    state, _ = c.step(state, c.Said(A, "rolled-back"))
+    state, actions = c.step(state, c.Said(B, "aborted"))
+    assert state.over and c.Renew() not in actions
+
+
+@pytest.mark.parametrize("phase", sorted({*c.MOVED, *c.UNAUTHORISED}))
+def test_a_vm_that_has_moved_or_never_left_is_not_looked_for(phase: c.Phase) -> None:
+    assert c.step(c.State(phase=phase), c.GuestsGone()) == (c.State(phase=phase), ())
+
+
+def test_an_abort_that_was_given_up_ends_when_the_vm_is_nowhere() -> None:
+    given_up = c.State(phase=c.Phase.ABORTED, finished=True, ended=frozenset({B}))
+    state, actions = c.step(given_up, c.GuestsGone())
+    assert c.Tell(A, Verdict(guest_at=None, gone=True)) in actions
+    state, actions = c.step(state, c.Said(A, "aborted"))
+    assert state.over and actions == (c.Renew(),)
+
+
 def test_what_is_not_authorised_is_undone_after_a_restart() -> None:
     for phase in c.UNAUTHORISED:
         state, actions = c.step(c.State(phase=phase), c.Restarted())

@@ -26,7 +26,7 @@ Messages = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class World:
-    """`guest`: "A", "B", or "-" while it is stopped and on its way. Queues are in order; `None`: no stream."""
+    """`guest`: "A", "B", "-" while it is on its way, "X" once it has ended. Queues are in order; `None`: no stream."""
 
     c: c.State = field(default_factory=c.State)
     a: a.State | None = None
@@ -54,6 +54,7 @@ class World:
     aborts: int = 0
     self_stops: int = 0
     returns: int = 0
+    deaths: int = 0
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Budget:
     aborts: int = 0
     self_stops: int = 0
     returns: int = 0
+    deaths: int = 0
     dry_run: bool = False
     hypervisor: bool = True  # False: the operator's word is the guest's move, the commit its resume
     strict: bool = False
@@ -112,6 +114,8 @@ class Model:
                 return replace(w, in_a=(*w.in_a, aw.Probed()))
             case aw.Connect():
                 return replace(w, forth=("begin",), back=())
+            case aw.Copy() if w.guest == "X":
+                return replace(w, in_a=(*w.in_a, aw.Failed("")))
             case aw.Copy():
                 return replace(w, moving=self.budget.hypervisor, in_a=(*w.in_a, aw.Converged()))
             case aw.Watch():
@@ -242,6 +246,8 @@ class Model:
 
     def order_a(self, w: World, message: c.Send | c.Tell) -> World:
         if isinstance(message, c.Tell):
+            if message.verdict.gone and w.guest == "X":
+                w = self.at_a(w, aw.GuestGone(moved=False))
             return self.at_a(w, message.verdict) if w.a else self.nothing_at(w, Role.SOURCE)
         match message.order:
             case c.Order.DESCRIBE:
@@ -315,6 +321,8 @@ class Model:
             yield "A late", self.at_a(w, aw.Timeout(w.a.phase))
         if w.b:
             yield "B late", self.at_b(w, bw.Timeout(w.b.phase))
+        if w.guest == "X":
+            yield "C finds it nowhere", self.at_c(w, c.GuestsGone())
         yield "places known", self.at_c(w, c.PlacesKnown())
         if w.a and w.a.phase is aw.Phase.STUB:
             yield "redirect idle", self.at_c(w, c.RedirectIdle())
@@ -329,8 +337,17 @@ class Model:
             yield "B dies", self.crash_b(w1)
         if w.aborts < self.budget.aborts:
             yield "operator aborts", self.at_c(replace(w, aborts=w.aborts + 1), c.AbortAsked(""))
+        if w.deaths < self.budget.deaths and w.guest != "X":
+            yield "VM dies", self.die(replace(w, deaths=w.deaths + 1))
         if w.self_stops < self.budget.self_stops and w.moving and w.guest == "A":
             yield "guest stops", self.stop(replace(w, self_stops=w.self_stops + 1))
+
+    def die(self, w: World) -> World:
+        if w.guest == "B":
+            w = replace(w, guest_b=(*w.guest_b, bw.GuestGone()))
+        else:
+            w = replace(w, guest_a=(*w.guest_a, aw.GuestGone(moved=False)))
+        return replace(w, guest="X", moving=False)
 
     def cut(self, w: World) -> World:
         return replace(
@@ -345,7 +362,7 @@ class Model:
         w = replace(w, to_a=(), from_a=(), in_a=(), guest_a=(), cancelling=None)
         if w.forth is not None:
             w = replace(w, forth=None, back=None, in_b=(*w.in_b, bw.PeerLost()))
-        guest = {"A": Guest.RUNNING, "-": Guest.PAUSED, "B": Guest.GONE}[w.guest]
+        guest = {"A": Guest.RUNNING, "-": Guest.PAUSED}.get(w.guest, Guest.GONE)
         if not self.budget.hypervisor and w.a:  # nobody to ask: what was promised to the destination decides
             guest = Guest.PAUSED if w.a.final else Guest.RUNNING
             assert w.a.final or w.guest != "B", "runs at both"
@@ -378,15 +395,15 @@ def check(w: World) -> None:
     """What holds at any time."""
     assert w.finished <= 1
     if w.port_b == "open":
-        assert w.guest == "B", "open without its guest"
+        assert w.guest in {"B", "X"}, "open without its guest"
         assert w.b is not None
         if not w.b.degraded:
             assert w.port_a not in {"active", "held"}, "two open ports"
     if w.port_b == "committed" and w.port_a == "active":
-        assert w.guest == "A" or (w.guest == "-" and not w.moving), (
+        assert w.guest in {"A", "X"} or (w.guest == "-" and not w.moving), (
             "the source is active and the guest may be elsewhere"
         )
-    if w.port_a in {"stub", "gone"}:
+    if w.port_a in {"stub", "gone"} and w.guest != "X":
         assert w.port_b == "open", "purged what nobody has"
     if w.guest == "B":
         assert w.port_b != "none", "purged under a guest that is on its way"
@@ -394,6 +411,9 @@ def check(w: World) -> None:
 
 def good(w: World, strict: bool) -> bool:
     """How it may end."""
+    if w.guest == "X":  # as if it had not been there, or as it was when it died
+        moved = w.port_b == "open" and w.port_a not in {"active", "held"}
+        return moved or (w.port_a in {"active", "gone"} and w.port_b == "none")
     if w.guest == "A":
         return w.port_a == "active" and w.port_b == "none"
     if strict and w.port_b in {"staged", "committed"}:
@@ -468,6 +488,10 @@ def _way(came: dict[World, tuple[World | None, str]], w: World | None) -> str:
         Budget(breaks=1, returns=1),
         pytest.param(Budget(breaks=1, self_stops=1), marks=pytest.mark.slow),
         Budget(crashes=1),
+        Budget(deaths=1),
+        Budget(deaths=1, aborts=1),
+        pytest.param(Budget(deaths=1, breaks=1), marks=pytest.mark.slow),
+        pytest.param(Budget(deaths=1, crashes=1), marks=pytest.mark.slow),
         Budget(hypervisor=False, aborts=1, breaks=1),
         Budget(hypervisor=False, crashes=1),
         pytest.param(Budget(crashes=1, self_stops=1), marks=pytest.mark.slow),
