@@ -225,12 +225,12 @@ class Agent:
             "abort": self._abort,
             "end_redirect": self._end_redirect,
             "verdict": self._verdict,
+            "guest": self._whereabouts,
         }
 
     async def _carry_out(
         self, request: int, which: str, handler: Callable[[int, Any], Coroutine[Any, Any, None]], body: Any
     ) -> None:
-            "guest": self._whereabouts,
         try:
             await handler(request, body)
         except Error as error:
@@ -298,6 +298,9 @@ class Agent:
             self._unknown(order.migration, "nothing of it is here")
         self._reply(request)
 
+    async def _whereabouts(self, request: int, query: pb.GuestQuery) -> None:
+        self._reply(request, guest=str(whereabouts(self.guests, query.vm) or ""))
+
     def _unknown(self, migration: str, reason: str) -> None:
         """Nothing of that migration is here, so nothing has to be undone."""
         if self.ends.past(migration) is None:
@@ -309,9 +312,6 @@ class Agent:
         self._reply(request)
 
     # ---- at intervals ----
-
-    async def _whereabouts(self, request: int, query: pb.GuestQuery) -> None:
-        self._reply(request, guest=str(whereabouts(self.guests, query.vm) or ""))
 
     async def _leases(self) -> None:
         """States that must not outlive the agent are renewed well before they would end."""
