@@ -219,6 +219,9 @@ class Staging:
         self._ledger.save_port(instance.entry)
 
     def purge(self, instance: Instance) -> None:
+        """Ports of this host may still send through its redirect: they get the new place before that ends."""
+        self._places.leave(instance.slot)
+        barrier()
         self._words.set_gate(instance.slot, C.GATE_NONE)
         self._kernel.ports.store(instance.slot, "word", 0)
         self._plugs.unplug(instance)
