@@ -41,6 +41,8 @@ class Arrival:
         self.loaded += loaded.loaded
         if section.op is Op.LOAD:
             self._moved[section.kind] += loaded.loaded
+        if section.op is Op.ACCOUNT:
+            return  # of what has ended since the driver keeps the amounts: it has moved
         for reason, count in loaded.rejected:
             self._report.not_moved[f"{section.kind}: {reason}"] += count
 
