@@ -1,67 +1,74 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What each wire carried during a move, frame by frame: captures at the guest, the peer, both taps and two uplinks."""
+"""What every wire carried during a move, frame by frame: captures at guest and peer, all their taps, all uplinks."""
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 
-from migrator.lab import oracle
-from migrator.lab.processes import Worker, wait_until
-from migrator.lab.topology import UPLINK
-from migrator.lab.workers.probe import FORMAT, MAGIC
+from migrator.lab.machines import Machine
+from migrator.lab.processes import wait_until
 
+from .test_rules import instances
 from .traffic import Streams
+from .wires import Flow, Wires
 from .world import World
 
-
-def numbers(capture: Worker, flow: int, way: str, first: int) -> list[int]:
-    """Numbers of a flow that a wire carried, in order, from `first` on: all captures had begun by then."""
-    found = []
-    for _, direction, frame in capture.call("captured", contains=(MAGIC + flow.to_bytes(4, "big")).hex())["frames"]:
-        if direction == way:
-            data = bytes.fromhex(frame)
-            found.append(FORMAT.unpack_from(data, data.index(MAGIC))[2])
-    return [number for number in found if number >= first]
+NETWORKS = ("blue", "over")
 
 
-@pytest.mark.parametrize("network", ["blue", "over"])
-def test_every_frame_on_every_wire(world: World, network: str) -> None:
-    vm, peer = world.vm("h1", network, behaviour={"memory_ms": 1500}), world.peer("h3", network)
+def captured(world: World, streams: Streams, vm: Machine, peer: Machine) -> tuple[Wires, Flow, Flow]:
+    """Begin to capture; the flows to and from the VM from here on."""
+    wires = Wires(world, (vm, peer)).begin()
+    to, back = Flow(1, peer, vm, streams.sent(1)), Flow(2, vm, peer, streams.sent(2))
+    streams.run_on(20)
+    return wires, to, back
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    "host", ["h1", "h2", "h3"], ids=["peer at the source", "peer at the destination", "third host"]
+)
+def test_every_frame_on_every_wire(world: World, route: tuple[str, ...], network: str, host: str) -> None:
+    """Each frame once on each wire it takes, the same at every host: what comes in goes on, native or redirected."""
+    vm, peer = world.vm("h1", network, behaviour={"memory_ms": 300}), world.peer(host, network)
     streams = Streams(vm, peer)
-    guest, outside = vm.worker("raw"), peer.worker("raw")
-    wires = {"guest": guest, "peer": outside, "h1": _tap(world, vm, "h1")}
-    uplinks = {host: _tap(world, vm, host, UPLINK) for host in ("h1", "h3")}
-    for wire in (*wires.values(), *uplinks.values()):
-        wire.call("capture")
-    to, back = streams.sent(1), streams.sent(2)
-    reports = world.cluster.migration(vm, "h2")
-    next(reports)
-    device = vm.ports[0].devices["h2"]
-    wait_until("the destination's tap", lambda: device in oracle.traces(world.cluster, "h2")["links"], 10.0)
-    wires["h2"] = _tap(world, vm, "h2")
-    wires["h2"].call("capture")
-    *_, report = reports
-    assert report.outcome == "complete"
+    wires, to, back = captured(world, streams, vm, peer)
+    for report in world.follow(vm, route):
+        assert report.leading
     streams.run_on(100)
     streams.assert_perfect()
 
-    sent = numbers(outside, 1, "out", to)
-    source, destination = numbers(wires["h1"], 1, "out", to), numbers(wires["h2"], 1, "out", to)
-    assert sent == list(range(to, sent[-1] + 1))
-    assert source + destination == sent, "each frame goes to one of the taps, the source's first"
-    assert source and destination
-    assert Counter(numbers(guest, 1, "in", to)) == Counter(sent)
-    assert numbers(uplinks["h3"], 1, "out", to) == sent, "once, whatever network it is"
-    redirected = numbers(uplinks["h1"], 1, "out", to)
-    assert numbers(uplinks["h1"], 1, "in", to) == source + redirected, "what the source did not deliver it passed on"
-    assert redirected and redirected == destination[: len(redirected)]
-    answers = numbers(guest, 2, "out", back)
-    assert numbers(wires["h1"], 2, "in", back) + numbers(wires["h2"], 2, "in", back) == answers
-    assert numbers(outside, 2, "in", back) == answers
+    for flow in (to, back):
+        wires.assert_lossless(flow)
+    for flow, way in ((to, "out"), (back, "in")):
+        assert_stays(wires.taps(vm, flow, way), route)
+    away = wires.taps(vm, to, "out")["h2"]
+    if host != "h1":
+        redirected = wires.uplink("h1", to, "out")
+        assert redirected[:10] == away[: len(redirected)][:10], "the source passed on what the destination got first"
+    if host == "h3":
+        assert wires.uplink("h3", to, "out") == wires.inside(peer, to, "out"), "once, whatever network it is"
 
 
-def _tap(world: World, vm, host: str, device: str = "") -> Worker:  # type: ignore[no-untyped-def]
-    device = device or vm.ports[0].devices[host]
-    return world.cluster.worker(host, "raw", {"device": device}, name=f"{vm.name}-{device}-{host}")
+def assert_stays(taps: dict[str, list[int]], route: tuple[str, ...]) -> None:
+    """The tap away from home has one part of the numbers without a gap, the tap at home what was before and after."""
+    home, away = taps["h1"], taps["h2"]
+    assert home and away and not taps["h3"]
+    assert away == list(range(away[0], away[-1] + 1)), "one stay"
+    assert home[0] < away[0], "the move was seen"
+    assert (home[-1] > away[-1]) == (route[-1] == "h1"), "where it ended"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_nothing_is_lost_when_the_redirect_ends(world: World, network: str) -> None:
+    """A peer at the source reaches the VM through the redirect until that ends, and by its new place from then on."""
+    vm, peer = world.vm("h1", network), world.peer("h1", network)
+    streams = Streams(vm, peer)
+    wires, to, back = captured(world, streams, vm, peer)
+    world.move(vm, "h2")
+    assert instances(world, "h1", vm), "the redirect stands"
+    wait_until("the redirect ends", lambda: not instances(world, "h1", vm), 20.0)
+    streams.run_on(100)
+    streams.assert_perfect()
+    for flow in (to, back):
+        wires.assert_lossless(flow)
