@@ -22,6 +22,7 @@ from migrator.agent.end import End, Surroundings
 from migrator.agent.ends import Ends
 from migrator.agent.guests import GuestDriver, GuestEvent, guest_driver, whereabouts
 from migrator.agent.host import HostConfig
+from migrator.agent.household import Household
 from migrator.agent.link import Link
 from migrator.agent.local import AgentService
 from migrator.agent.peer import PeerService
@@ -29,7 +30,7 @@ from migrator.agent.source import SourceEnd
 from migrator.agent.store import Store
 from migrator.agent.stream import SERVER_OPTIONS
 from migrator.agent.traces import Traces
-from migrator.errors import ConfigInvalid, error_name
+from migrator.errors import ConfigInvalid, PreflightFailed, error_name
 from migrator.lifecycle import source_words as leaving
 from migrator.lifecycle.machine import Guest
 
@@ -62,6 +63,7 @@ class Agent:
             self.host, self.driver, self.around, self.store, self.ends.in_hand, self.ends.taking_part
         )
         self.link = Link(config.agent.coordinator, self.hello, self._order, self._attached)
+        self.household = Household(self)
         self.traces = Traces(self.driver, self.around)
         self.peer = ""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -84,6 +86,7 @@ class Agent:
         await self.hosting.recall()
         await self.ends.recall()
         await self._serve()
+        await self.guests.attach(self.household)
         self._go(self.link.run())
         self._go(self._leases())
         self._go(self._redirects())
@@ -115,6 +118,7 @@ class Agent:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(server.stop(STOP_S / 4) for server in self._servers))
         await self.guests.stop()
+        await self.household.close()
         await asyncio.to_thread(self.around.close)
         await asyncio.to_thread(self.driver.stop)
         self.store.close()
@@ -200,6 +204,7 @@ class Agent:
 
     def _attached(self) -> None:
         self.ends.tell_again()
+        self._go(self.household.attached())
 
     async def _order(self, message: pb.ToAgent) -> None:
         """Orders are begun in the order in which they came; what takes long answers later."""
@@ -246,6 +251,7 @@ class Agent:
             self._tell(pb.FromAgent(reply=pb.Reply(request=request, problem=problem, **fields)))
 
     async def _sync(self, request: int, sync: pb.Sync) -> None:
+        self.household.synced(sync)
         problems = await self.hosting.sync(sync)
         self._tell_places()
         for problem in problems:
@@ -253,11 +259,12 @@ class Agent:
         self._reply(request, *(("NotReady", "; ".join(problems)) if problems else ()))
 
     async def _port(self, request: int, order: pb.PortOrder) -> None:
-        await self.hosting.port(order)
+        await self.household.port(order)
         self._reply(request)
 
     async def _remove(self, request: int, removal: pb.PortRemoval) -> None:
         await self.hosting.remove(removal)
+        self.household.removed(removal)
         self._reply(request)
 
     async def _places(self, request: int, update: pb.PlaceUpdate) -> None:
@@ -271,6 +278,11 @@ class Agent:
         self._tell(pb.FromAgent(places=self.hosting.places_known()))
 
     async def _describe(self, request: int, order: pb.Describe) -> None:
+        if order.leaving and not await self.guests.leaving(order.vm):
+            raise PreflightFailed(
+                f"VM {order.vm} is not being moved out of {self.host}, as its hypervisor says",
+                hint="`migrator migrate` moves it",
+            )
         self._reply(request, need=await self.ends.describe(order.vm))
 
     async def _prepare(self, request: int, order: pb.PrepareDestination) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from datapath.provider import PortRef, PortState, PortStatus
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent.restoring import replace
-from migrator.checkpoint import checkpoint
+from migrator.checkpoint import Restored, checkpoint
 from migrator.coordinator.rpc import reported
 from migrator.errors import AlreadyMigrating, Corrupt
 from migrator.snapshot import encode_table
@@ -23,6 +23,53 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 20
 SHOWN = frozenset({PortState.ACTIVE, PortState.QUIESCED, PortState.STAGED})
+
+
+def port_status(agent: Agent, status: PortStatus) -> pb.PortStatus:
+    """A port of this host's switch as people see it."""
+    guest = agent.guests.state(status.ref.vm)
+    return pb.PortStatus(
+        instance=agent.instance(status),
+        device=status.device,
+        network=str(status.record.get("network", "")),
+        gate=status.gate,
+        addresses=status.record.get("addresses", ()),
+        policy=str(status.record.get("policy", "")),
+        connections=status.connections,
+        connections_max=int(status.record.get("connections_max", 0)),
+        counters=dict(status.counters),
+        drops=dict(status.drops),
+        held_to=status.held_to,
+        held_from=status.held_from,
+        guest=str(guest) if guest else "",
+    )
+
+
+async def refs_of(agent: Agent, vm: str) -> list[PortRef]:
+    """The VM's ports here that have tables: of several epochs the one that runs. Raises PortNotFound."""
+    statuses = [s for s in await asyncio.to_thread(agent.driver.ports) if s.ref.vm == vm]
+    found = [s.ref for s in statuses if s.state is PortState.ACTIVE]
+    found = found or [s.ref for s in statuses if s.state in SHOWN]
+    if not found:
+        raise PortNotFound(f"VM {vm} has no port on {agent.host}", hint="migrator vm show tells where it is")
+    newest = {ref.mac: ref for ref in sorted(found)}  # a port that was added later has a later epoch
+    return sorted(newest.values())
+
+
+async def checkpoint_of(agent: Agent, vm: str) -> AsyncIterator[bytes]:
+    """A snapshot of the VM's ports here, object by object. Raises PortNotFound."""
+    refs = await refs_of(agent, vm)
+    objects = await agent.around.call(vm, lambda: checkpoint(agent.driver, refs, agent.host))
+    while (data := await agent.around.call(vm, next, objects, None)) is not None:
+        yield data
+
+
+async def restore_of(agent: Agent, path: Path, devices: Mapping[str, str], epoch: int) -> Restored:
+    """A snapshot in place of what is here of its VM. Raises SnapshotError, AlreadyMigrating, PreflightFailed."""
+    plan = await asyncio.to_thread(replace, agent.driver, path, agent.store.sync())
+    if agent.ends.in_hand(plan.vm):
+        raise AlreadyMigrating(f"VM {plan.vm} is being moved", hint="restore it afterwards")
+    return await agent.around.call(plan.vm, plan.carry_out, dict(devices), epoch)
 
 
 class AgentService(rpc.AgentServicer):
@@ -54,42 +101,14 @@ class AgentService(rpc.AgentServicer):
     async def Ports(self, request: pb.Empty, context: Any) -> pb.PortStatusList:  # noqa: N802, ARG002
         async with reported(context):
             statuses = await asyncio.to_thread(self._agent.driver.ports)
-            return pb.PortStatusList(ports=[self._port(status) for status in statuses])
-
-    def _port(self, status: PortStatus) -> pb.PortStatus:
-        guest = self._agent.guests.state(status.ref.vm)
-        return pb.PortStatus(
-            instance=self._agent.instance(status),
-            device=status.device,
-            network=str(status.record.get("network", "")),
-            gate=status.gate,
-            addresses=status.record.get("addresses", ()),
-            policy=str(status.record.get("policy", "")),
-            connections=status.connections,
-            connections_max=int(status.record.get("connections_max", 0)),
-            counters=dict(status.counters),
-            drops=dict(status.drops),
-            held_to=status.held_to,
-            held_from=status.held_from,
-            guest=str(guest) if guest else "",
-        )
-
-    async def _refs(self, vm: str) -> list[PortRef]:
-        """The VM's ports here that have tables: of several epochs the one that runs. Raises PortNotFound."""
-        statuses = [s for s in await asyncio.to_thread(self._agent.driver.ports) if s.ref.vm == vm]
-        found = [s.ref for s in statuses if s.state is PortState.ACTIVE]
-        found = found or [s.ref for s in statuses if s.state in SHOWN]
-        if not found:
-            raise PortNotFound(f"VM {vm} has no port on {self._agent.host}", hint="migrator vm show tells where it is")
-        newest = {ref.mac: ref for ref in sorted(found)}  # a port that was added later has a later epoch
-        return sorted(newest.values())
+            return pb.PortStatusList(ports=[port_status(self._agent, status) for status in statuses])
 
     async def Dump(self, request: pb.VmRequest, context: Any) -> AsyncIterator[pb.Chunk]:  # noqa: N802
         async with reported(context):
             if request.kind not in self._agent.driver.kinds():
                 held = ", ".join(self._agent.driver.kinds())
                 raise UnsupportedKind(f"kind {request.kind!r} is not held here", hint=f"held: {held}")
-            for ref in await self._refs(request.vm):
+            for ref in await refs_of(self._agent, request.vm):
                 tables = self._agent.driver.dump(ref, request.kind)
                 while (table := await self._agent.around.call(request.vm, next, tables, None)) is not None:
                     for section in encode_table(table, ref.mac):
@@ -97,10 +116,7 @@ class AgentService(rpc.AgentServicer):
 
     async def Checkpoint(self, request: pb.VmRequest, context: Any) -> AsyncIterator[pb.Chunk]:  # noqa: N802
         async with reported(context):
-            agent, refs = self._agent, await self._refs(request.vm)
-            call = agent.around.call
-            objects = await call(request.vm, lambda: checkpoint(agent.driver, refs, agent.host))
-            while (data := await call(request.vm, next, objects, None)) is not None:
+            async for data in checkpoint_of(self._agent, request.vm):
                 for start in range(0, len(data), CHUNK_BYTES):
                     yield pb.Chunk(data=data[start : start + CHUNK_BYTES])
 
@@ -119,15 +135,8 @@ class AgentService(rpc.AgentServicer):
                             file.write(part.data)
                 if head is None:
                     raise Corrupt("no head before the snapshot")
-                return await self._restore(path, head)
-
-    async def _restore(self, path: Path, head: pb.RestoreHead) -> pb.RestoreReply:
-        agent = self._agent
-        plan = await asyncio.to_thread(replace, agent.driver, path, agent.store.sync())
-        if agent.ends.in_hand(plan.vm):
-            raise AlreadyMigrating(f"VM {plan.vm} is being moved", hint="restore it afterwards")
-        restored = await agent.around.call(plan.vm, plan.carry_out, dict(head.devices), head.epoch)
-        return pb.RestoreReply(loaded=restored.loaded, rejected=restored.skipped)
+                restored = await restore_of(self._agent, path, dict(head.devices), head.epoch)
+                return pb.RestoreReply(loaded=restored.loaded, rejected=restored.skipped)
 
     async def Trace(self, request: pb.TraceRequest, context: Any) -> AsyncIterator[pb.TraceEvent]:  # noqa: N802
         async with reported(context):

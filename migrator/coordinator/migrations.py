@@ -118,12 +118,12 @@ class Migrations:
             downtime_ms=request.downtime_ms or DOWNTIME_MS,
         )
 
-    def abort(self, migration: str) -> pb.Migration:
+    def abort(self, migration: str, reason: str = "") -> pb.Migration:
         """Ask for the end of a migration. Raises MigrationNotFound, IllegalTransition (too late)."""
         run = self._find(migration)
         if run.machine.phase in machine.MOVED:
             raise IllegalTransition(f"migration {run.id} has moved the VM already", hint="migrate it back")
-        self._execution.feed(run, machine.AbortAsked("aborted by the operator"))
+        self._execution.feed(run, machine.AbortAsked(reason or "aborted by the operator"))
         return run.report
 
     async def resolve(self, migration: str, guest_at: str) -> pb.Migration:

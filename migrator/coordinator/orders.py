@@ -35,7 +35,7 @@ def body(order: machine.Order, run: Running, catalog: Catalog, peer: str) -> dic
     """The order's field of ToAgent."""
     agreed = run.agreed
     if order is machine.Order.DESCRIBE:
-        return {"describe": pb.Describe(vm=agreed.vm)}
+        return {"describe": pb.Describe(vm=agreed.vm, leaving=agreed.ordered_elsewhere)}
     if order is machine.Order.PREPARE:
         return {"prepare": _preparation(run, catalog)}
     start = pb.StartSource(

@@ -98,7 +98,7 @@ class CoordinatorService(migrator_pb2_grpc.CoordinatorServicer):
 
     async def Abort(self, request: pb.MigrationRef, context: Any) -> pb.Migration:  # noqa: N802
         async with reported(context):
-            return self._cluster.migrations.abort(request.id)
+            return self._cluster.migrations.abort(request.id, request.reason)
 
     async def Resolve(self, request: pb.ResolveRequest, context: Any) -> pb.Migration:  # noqa: N802
         async with reported(context):

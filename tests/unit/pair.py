@@ -157,6 +157,19 @@ class World:
     settings: dict[str, Any] = field(default_factory=dict)
     guests: str = ""  # "none": no hypervisor at all
     ports: dict[str, int] = field(default_factory=dict)
+    server: Any = None  # the coordinator's
+
+    async def outage(self) -> None:
+        """The coordinator goes; `recover` has it back at its address, with its journal."""
+        self.cluster.stop()
+        await self.server.stop(0)
+
+    async def recover(self) -> None:
+        self.cluster = Cluster(self.cluster.store.journal)
+        self.cluster.start()
+        self.stack.callback(self.cluster.stop)
+        self.server, _ = await serve(self.cluster, [self.address])
+        self.stack.push_async_callback(self.server.stop, 0.1)
 
     async def agent(self, host: str) -> Agent:
         config = AgentConfig.model_validate(
@@ -278,6 +291,7 @@ async def world(directory: Path, *hosts: str, guests: str = "", **settings: Any)
         server, port = await serve(cluster, ["127.0.0.1:0"])
         stack.push_async_callback(server.stop, 0.1)
         made = World(directory, str(directory), cluster, f"127.0.0.1:{port}", stack, settings=settings, guests=guests)
+        made.server = server
         stack.callback(lambda: fabric(made.name).switches.clear())
 
         async def stop_all() -> None:
