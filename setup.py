@@ -1,5 +1,6 @@
-"""What pyproject.toml cannot say: a wheel contains the compiled BPF programs."""
+"""What pyproject.toml cannot say: a wheel contains the compiled BPF programs and libvirt's hook."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,9 @@ class BuildPy(build_py):
             target = Path(self.build_lib) / "datapath" / "bpf" / "switch.bpf.o"
             target.parent.mkdir(parents=True, exist_ok=True)
             compile_object(SOURCES / "switch.bpf.c", target)
+            hooks = Path(self.build_lib) / "migrator" / "_hooks"
+            hooks.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(Path(__file__).resolve().parent / "hooks" / "qemu", hooks / "qemu")
 
 
 setup(cmdclass={"build_py": BuildPy})

@@ -36,6 +36,7 @@ COMMANDS = {
     "restore": ("snapshot", "restore"),
     "inspect": ("snapshot", "inspect"),
     "diff": ("snapshot", "diff"),
+    "libvirt": ("libvirt", "libvirt"),
     "demo": ("demo", "demo"),
     "completion": ("completion", "completion"),
 }
