@@ -28,6 +28,7 @@ class Report:
     not_moved: Counter[str] = field(default_factory=Counter)
     frames: Counter[str] = field(default_factory=Counter)
     times_ms: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)  # of the guest, as in Migration.memory
     marks: dict[str, float] = field(default_factory=dict)
     reason: str = ""
 
@@ -72,6 +73,7 @@ class Report:
             not_moved=dict(self.not_moved),
             times_ms=self.times_ms,
             frames=dict(self.frames),
+            memory=self.memory,
             leading=self.leading,
             reason=self.reason,
         )

@@ -20,7 +20,7 @@ from migrator.agent.quiet import QUIET
 from migrator.agent.report import Report
 from migrator.agent.rounds import Rounds
 from migrator.agent.stream import PeerStream, ask
-from migrator.agent.switchover import Ports, wait_idle
+from migrator.agent.switchover import Ports, wait_fits, wait_idle
 from migrator.errors import MigrationError, PeerLost
 from migrator.lifecycle import source as machine
 from migrator.lifecycle import source_words as words
@@ -31,7 +31,6 @@ ETHERNET = 14
 PROBE_FIRST_S = 0.2
 RESUME_TRIES = 3
 ABORT_S = 1.0
-MEMORY_POLL_S = 0.005
 LEASED = frozenset({Phase.HOLDING, Phase.SUSPENDING, Phase.DRAINING, Phase.DRAINED, *words.UNSURE, *words.LEFT})
 
 
@@ -177,7 +176,9 @@ class SourceEnd(End):
             self.post(words.PeerFailed(message.failed.message))
 
     async def _copy(self, _: words.Copy) -> None:
-        if not self.order.ordered_elsewhere:
+        if self.order.ordered_elsewhere:
+            await self.guests.accompany(self.vm)
+        else:
             await self.guests.migrate(self.vm, self.order.destination)
             self._moving_guest = True
         self.rounds.task = self.beside("copy", self.rounds.run)
@@ -196,15 +197,12 @@ class SourceEnd(End):
         self.beside("watch", self._watch_memory)
 
     async def _watch_memory(self) -> None:
-        began = time.monotonic()
         try:
-            while not (await self.guests.remaining(self.vm, self.order.downtime_ms)).converged:
-                await asyncio.sleep(MEMORY_POLL_S)
+            await wait_fits(partial(self.guests.remaining, self.vm, self.order.downtime_ms), self.report)
         except GuestFailed:
             if self.state.phase is Phase.WATCHING:
                 raise
             return  # it stopped by itself meanwhile
-        self.report.lasted("memory_wait", began)
         self.post(words.GuestFits())
 
     # ---- the switchover ----

@@ -10,10 +10,12 @@ from typing import TypeVar
 from datapath.errors import Error, PortNotFound, StaleEpoch
 from datapath.provider import Driver, PortRef, PortState, Pumped
 from migrator.agent.config import MigrationSection
+from migrator.agent.guests import Remaining
 from migrator.agent.orders import port_channel
 from migrator.agent.report import Report
 
 POLL_S = 0.0002
+MEMORY_POLL_S = 0.005
 T = TypeVar("T")
 
 
@@ -47,6 +49,16 @@ async def wait_idle(
             return report.warn(f"the guest did not empty its queue within {milliseconds:.0f} ms")
         await asyncio.sleep(POLL_S)
     return None
+
+
+async def wait_fits(remaining: Callable[[], Awaitable[Remaining]], report: Report) -> None:
+    """Until what is left of the guest's memory fits; the report has its hypervisor's counts. Raises GuestFailed."""
+    began = time.monotonic()
+    while not (left := await remaining()).converged:
+        report.memory.update(left.memory)
+        await asyncio.sleep(MEMORY_POLL_S)
+    report.memory.update(left.memory)
+    report.lasted("memory_wait", began)
 
 
 class Ports:

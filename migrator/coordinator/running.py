@@ -108,7 +108,7 @@ def new_report(agreed: Agreed) -> pb.Migration:
 
 
 _LATEST = ("rounds", "entries", "bytes", "rate", "leading")
-_MAPS = ("moved", "not_moved", "times_ms", "frames")
+_MAPS = ("moved", "not_moved", "times_ms", "frames", "memory")
 
 
 def merge(report: pb.Migration, news: pb.Migration) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 import libvirt
@@ -41,12 +42,17 @@ _HINTS = {
 
 
 class Connection:
-    """`opened(conn)` runs in a thread whenever libvirtd has been reached, to register for events; what it returns goes
-    to `up` in the loop. `down(reason)` follows when the connection is lost.
+    """`opened(conn, closing)` runs in a thread whenever libvirtd has been reached, to register for events, and puts
+    what ends that on `closing`; what it returns goes to `up` in the loop. `down(reason)` follows when it is lost.
     """
 
     def __init__(
-        self, uri: str, *, opened: Callable[[Libvirt], T], up: Callable[[T], None], down: Callable[[str], None]
+        self,
+        uri: str,
+        *,
+        opened: Callable[[Libvirt, ExitStack], T],
+        up: Callable[[T], None],
+        down: Callable[[str], None],
     ) -> None:
         self.uri = uri
         self._opened = opened
@@ -95,11 +101,11 @@ class Connection:
         """Run `function` with a connection that nobody else uses, for as long as it takes. Raises GuestFailed."""
 
         def work() -> T:
-            conn = _open(self.uri)
+            closing = ExitStack()
             try:
-                return function(conn)
+                return function(_open(self.uri, closing))
             finally:
-                _close(conn)
+                _close(closing)
 
         try:
             return await in_thread(work)
@@ -128,17 +134,17 @@ class Connection:
         """Connect, and stay so until it breaks. Raises GuestFailed when it cannot be had."""
         self._broken, self._stuck = asyncio.Event(), 0
         lost = _Lost(asyncio.get_running_loop(), self._broken)
-        opened: list[Libvirt] = []
+        closing = ExitStack()
 
-        def reach() -> Any:
-            for _ in range(2):
-                opened.append(_open(self.uri))
-                opened[-1].registerCloseCallback(lost.closed, None)
-            return self._opened(opened[0])
+        def reach() -> tuple[Libvirt, Any]:
+            events, calls = (_open(self.uri, closing) for _ in range(2))
+            for conn in (events, calls):
+                conn.registerCloseCallback(lost.closed, None)
+                closing.callback(conn.unregisterCloseCallback)
+            return calls, self._opened(events, closing)
 
         try:
-            found = await in_thread(reach)
-            self._calls = opened[1]
+            self._calls, found = await in_thread(reach)
             self._log.info("libvirt is reached")
             self._tell_up(found)
             self._reached.set()
@@ -148,11 +154,10 @@ class Connection:
         finally:
             was_up, self._calls = self._calls is not None, None
             self._reached.clear()
-            for conn in opened:  # may wait for an answer that never comes
-                threading.Thread(target=_close, args=(conn,), name="libvirt-close", daemon=True).start()
-            if was_up:
-                self._tell_down(lost.reason)
-        self._log.warning("libvirt is lost", reason=lost.reason)
+            # In a thread, for it may wait for an answer that never comes.
+            threading.Thread(target=_close, args=(closing,), name="libvirt-close", daemon=True).start()
+        if was_up:
+            self._tell_down(lost.reason)
 
 
 class _Lost:
@@ -199,17 +204,17 @@ async def in_thread(function: Callable[[], T]) -> T:
     return await future
 
 
-def _open(uri: str) -> Libvirt:
+def _open(uri: str, closing: ExitStack) -> Libvirt:
     conn = libvirt.open(uri)
+    closing.callback(conn.close)
     conn.setKeepAlive(KEEPALIVE_S, KEEPALIVE_MISSES)
     return conn
 
 
-def _close(conn: Libvirt) -> None:
-    try:
-        conn.close()
-    except libvirt.libvirtError:
-        return  # it was closed from the other side
+def _close(closing: ExitStack) -> None:
+    """Everything on the stack is done whatever fails of it: what was closed from the other side fails."""
+    with suppress(libvirt.libvirtError):
+        closing.close()
 
 
 async def _within(event: asyncio.Event, seconds: float) -> bool:

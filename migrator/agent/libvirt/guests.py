@@ -81,7 +81,7 @@ class LibvirtGuests:
         self._hearing.compare(listed)
 
     def _down(self, reason: str) -> None:
-        self._log.warning("what guests do is not heard", reason=reason)
+        self._log.warning("libvirt is lost: what guests do is not heard", reason=reason)
 
     # ---- where guests run ----
 

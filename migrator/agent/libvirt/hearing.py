@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,8 +52,8 @@ class Hearing:
 
     # ---- in a thread ----
 
-    def listen(self, conn: Libvirt) -> list[Found]:
-        """Register for everything, then list what is there."""
+    def listen(self, conn: Libvirt, closing: ExitStack) -> list[Found]:
+        """Register for everything, then list what is there. `closing` ends the registrations."""
         self._heard = set()
         sorts = {
             libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE: self._lifecycle,
@@ -64,9 +65,10 @@ class Hearing:
             libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE: self._metadata,
         }
         for sort, callback in sorts.items():
-            conn.domainEventRegisterAny(None, sort, callback, None)
+            closing.callback(conn.domainEventDeregisterAny, conn.domainEventRegisterAny(None, sort, callback, None))
         try:
-            libvirt_qemu.qemuMonitorEventRegister(conn, None, None, self._monitor, None)
+            number = libvirt_qemu.qemuMonitorEventRegister(conn, None, None, self._monitor, None)
+            closing.callback(libvirt_qemu.qemuMonitorEventDeregister, conn, number)
         except libvirt.libvirtError as error:
             self._log.warning("QEMU's own events are not heard: pauses are seen later", error=str(error))
         return list_domains(conn)
