@@ -164,7 +164,7 @@ class Ends:
             if isinstance(end, SourceEnd):
                 _tell_source(end, event)
             elif event.what == "running":
-                end.report.mark("resumed")
+                end.report.mark("resumed", event.time)
                 end.post(arriving.GuestRunning())
             elif event.what == "gone":
                 end.post(arriving.GuestGone())
@@ -252,11 +252,14 @@ class Ends:
 
 
 def _tell_source(end: SourceEnd, event: GuestEvent) -> None:
-    if event.what == "running":
+    if event.what == "measured":
+        end.report.memory.update(event.memory)
+        end.tell_now("running")
+    elif event.what == "running":
         end.post(leaving.GuestResumed())
     elif event.what == "paused":
         if event.moving or end.state.phase is leaving.Phase.SUSPENDING:
-            end.report.mark("paused")
+            end.report.mark("paused", event.time)
         end.post(leaving.GuestPaused(moving=event.moving))
     elif event.what == "gone":
         end.post(leaving.GuestGone(moved=event.moving))
