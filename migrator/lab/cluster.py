@@ -283,6 +283,8 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f'"{key}" = {_toml_value(item)}' for key, item in value.items()) + "}"
     return str(value) if isinstance(value, int | float) else f'"{value}"'
 
 
