@@ -12,15 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
 
 from migrator.lab import netns
-from migrator.lab.machines import Machine
+from migrator.lab.errors import LabError
+from migrator.lab.machines import Machine, Port
 from migrator.lab.processes import wait_until
 from migrator.lab.topology import Lab
 from migrator.lab.workers.probe import FORMAT, MAGIC
 
-from .lab import GuestMachine, LibvirtLab, migrate
+from .lab import GuestMachine, LibvirtLab, Wiring, add_guest, guests, last_move, migrate
 
 SERVICE, NUMBERS = 7000, 9000
 
@@ -37,7 +39,9 @@ def test_hosts_are_apart(bridged: LibvirtLab, guest: GuestMachine) -> None:
 
 
 @pytest.mark.slow
-def test_a_guest_moves_there_and_back_and_keeps_its_connections(clean_guest: GuestMachine, outsider: Machine) -> None:
+def test_a_guest_moves_there_and_back_and_keeps_its_connections(
+    clean_guest: GuestMachine, outsider: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     talkers = []
     for server, client in ((clean_guest, outsider), (outsider, clean_guest)):
         server.worker("tcp").call("listen", address="0.0.0.0", port=SERVICE)
@@ -52,6 +56,9 @@ def test_a_guest_moves_there_and_back_and_keeps_its_connections(clean_guest: Gue
         for talker in talkers:
             checked = talker.call("check", size=2000, timeout_s=15)
             assert (checked["total"], checked["lost"]) == (20, 0), checked["reasons"]
+    monkeypatch.setattr(guests, "MAX_PASSES", 0)
+    with pytest.raises(LabError, match="corrupts"):
+        last_move(clean_guest)
 
 
 def test_numbers_are_counted_inside(clean_guest: GuestMachine, outsider: Machine) -> None:
@@ -110,6 +117,69 @@ def test_a_guest_outlives_its_libvirtd(bridged: LibvirtLab, clean_guest: GuestMa
     after = host.domain(clean_guest.uuid)
     assert after is not None and after.ID() == number
     clean_guest.control.call("ping")
+
+
+def test_wrong_bytes_are_seen_inside(clean_guest: GuestMachine, outsider: Machine) -> None:
+    with netns.entered(outsider.lab.path(outsider.name)):
+        listener = socket.create_server(("0.0.0.0", SERVICE + 1))
+    with listener:
+        worker = clean_guest.worker("tcp")
+        clean_guest.control.call("connect", address=outsider.address, port=SERVICE + 1, count=1)
+        listener.settimeout(10)
+        served, _ = listener.accept()
+        with served:
+            served.settimeout(10)
+            worker.ask("check", size=64, timeout_s=10)
+            data = bytearray(served.recv(64, socket.MSG_WAITALL))
+            data[40] ^= 1
+            served.sendall(data)
+            verdict = worker.answer("check")
+    assert (verdict["lost"], verdict["bytes"], verdict["reasons"]) == (1, 41, ["wrong bytes"])
+
+
+HOOK = """#!/bin/sh
+echo "$(hostname) $2 $3" >> {log}
+! {{ [ -e {refuse} ] && [ "$2" = start ] && echo "refused by the test" >&2; }}
+"""
+
+
+def test_hooks_are_called_and_may_refuse(bridged: LibvirtLab) -> None:
+    host = bridged.hosts["h1"]
+    log, refuse = (bridged.directory / name for name in ("hooks.log", "refuse"))
+    script = host.hooks / "probe"
+    script.write_text(HOOK.format(log=log, refuse=refuse))
+    script.chmod(0o755)
+    host.restart_libvirtd()  # it looks for the first hook only when it starts
+    with bridged.scope():
+        guest = add_guest(bridged, "vm2", "h1", [Port("52:54:00:00:00:12", "", ())], Wiring("bridge", bridge="br0"))
+        guest.destroy()
+        lines = log.read_text().splitlines()
+        wanted = ["prepare begin", "start begin", "started begin", "stopped end", "release end"]
+        assert [line for line in lines if "reconnect" not in line] == [f"h1 {word}" for word in wanted]
+        refuse.touch()
+        with pytest.raises(libvirt.libvirtError, match="refused by the test"):
+            host.create(guest.xml)
+    script.unlink()
+    host.restart_libvirtd()
+
+
+def test_a_tap_that_is_there_already(bridged: LibvirtLab) -> None:
+    host = bridged.hosts["h2"]
+    host.make_tap("ready")
+    with bridged.scope():
+        port = Port("52:54:00:00:00:13", "", (), device="ready")
+        guest = add_guest(bridged, "vm3", "h2", [port], Wiring(managed=False), metadata="<x:t xmlns:x='urn:test'/>")
+        assert "urn:test" in guest.domain().XMLDesc()
+        assert "LOWER_UP" in netns.ip("link", "show", "ready", namespace=bridged.name("h2"))
+    assert "NO-CARRIER" in netns.ip("link", "show", "ready", namespace=bridged.name("h2"))
+
+
+def test_a_host_without_power() -> None:
+    with LibvirtLab(("h1",)) as lab:
+        add_guest(lab, "vm", "h1", [Port("52:54:00:00:00:14", "", ())])
+        assert len(_of(str(lab.directory))) > 2
+        lab.hosts["h1"].power_off()
+        wait_until("nothing runs", lambda: not _of(str(lab.directory)), explain=lambda: _of(str(lab.directory)))
 
 
 SCRIPT = """

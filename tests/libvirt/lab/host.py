@@ -174,6 +174,14 @@ class LibvirtHost:
         netns.ip("tuntap", "add", device, "mode", "tap", "vnet_hdr", namespace=self.lab.name(self.name))
         netns.ip("link", "set", device, "up", namespace=self.lab.name(self.name))
 
+    def power_off(self) -> None:
+        """All that runs here ends at once, and its uplink is dead. There is no way back: make another lab."""
+        self.lab.cut(self.name)
+        self.disconnect()
+        self.first.kill()  # unshare, whose child goes with it
+        self.first.wait(10)
+        wait_until(f"nothing runs at {self.name}", lambda: not Path("/proc", str(self.pid)).exists())
+
     def _write_files(self) -> None:
         for place in PLACES.values():
             (self.directory / place).mkdir(parents=True, exist_ok=True)
