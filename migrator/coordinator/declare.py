@@ -13,7 +13,7 @@ import structlog
 
 from migrator import config
 from migrator._pb import migrator_pb2 as pb
-from migrator.coordinator.catalog import Catalog, moved_writes, place_names
+from migrator.coordinator.catalog import Catalog, device_at, moved_writes, place_names
 from migrator.coordinator.change import Planned, Running, epoch_counter, outcome, plan_apply
 from migrator.coordinator.journal import Batch, Entry, Journal, Write
 from migrator.coordinator.migrations import Migrations
@@ -54,7 +54,7 @@ def plan_declare(
     wanted = {port.mac: _merged(catalog, host, port, known.get(port.mac), planned) for port in ports}
     for mac, port in known.items():
         new = wanted.get(mac)
-        if port.declared_by and (new is None or new.network != port.network):
+        if port.declared_by and (new is None or _another(port, new, host)):
             _leave(catalog, port, plan)
     model = config.from_message(pb.Config(ports=wanted.values()), config.Config)
     rest = plan_apply(outcome(catalog, planned), model, journal, frozenset(), running)
@@ -73,6 +73,11 @@ def _come(catalog: Catalog, vm: str, host: str, journal: Journal, plan: Declarat
     plan.planned.counters[epoch_counter(vm)] = epoch
     plan.planned.changed.append(f"vm {vm}: comes from {there} to {host}")
     plan.removals += [(there, _removal(catalog, port)) for port in catalog.ports_of(vm)]
+
+
+def _another(port: pb.Port, new: pb.Port, host: str) -> bool:
+    """Is it no change of a port but another one? A machine that runs keeps its device: a new one is a new machine's."""
+    return bool(new.network != port.network or (port.host == host and device_at(new, host) != device_at(port, host)))
 
 
 def _leave(catalog: Catalog, port: pb.Port, plan: Declaration) -> None:

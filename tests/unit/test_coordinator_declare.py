@@ -112,6 +112,20 @@ def test_a_port_of_another_network_is_a_new_one(tmp_path: Path) -> None:
     scenario(tmp_path, test)
 
 
+def test_a_port_with_another_device_is_a_new_machines(tmp_path: Path) -> None:
+    async def test(bench: Bench, a: Hypervised, b: Hypervised) -> None:
+        del b
+        await declare(bench, "h1", port(devices={"h1": "vnet3"}))
+        await declare(bench, "h1", port(devices={"h1": "vnet4"}))
+        order = await a.hear("port", 2)
+        assert (order.device, order.epoch) == ("vnet4", 2) and "remove" in a.names()
+        assert not (await declare(bench, "h1", port(devices={"h1": "vnet4"}))).warnings
+        await declare(bench, "h1", port(device="vnet4"))
+        assert (await a.hear("port", 3)).epoch == 2, "only said otherwise"
+
+    scenario(tmp_path, test)
+
+
 def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     async def test(bench: Bench, a: Hypervised, b: Hypervised) -> None:
         del a, b
