@@ -26,6 +26,21 @@ static __always_inline int from_tunnel_overlay(struct __sk_buff *skb, struct tun
 	return forward(skb, *network, SOURCE(L2_TUNNEL, *host), 0);
 }
 
+/*
+ * Broadcast reaches a VM by one path: once the port takes what its own network floods, it may have had what a source
+ * that is late had held of it.
+ */
+static __always_inline int from_tunnel_late(struct __sk_buff *skb, struct port *port)
+{
+	__u64 word = READ_ONCE(port->word);
+	struct ethhdr eth;
+
+	if (PORT_STATE(word) != PORT_ACTIVE || GATE_TARGET(READ_ONCE(port->gate)) != GATE_LOCAL ||
+	    (PORT_FLAGS(word) & (PORT_F_NO_BROADCAST | PORT_F_AWAITS_SOURCE)))
+		return 0;
+	return !l2_macs(skb, &eth) && mac_is_group(eth.h_dest);
+}
+
 /* A redirect: to the port, and the instance of it, that the channel was opened for. */
 static __always_inline int from_tunnel_channel(struct __sk_buff *skb, struct tunnel_origin *origin)
 {
@@ -42,8 +57,11 @@ static __always_inline int from_tunnel_channel(struct __sk_buff *skb, struct tun
 		event_send(skb, channel->slot, EVENT_WHAT(EVENT_PROBE, TO_GUEST, DROP_NONE), origin->id);
 		return TC_ACT_SHOT;
 	}
+	count_came(skb, channel->slot); /* all that came, also what is dropped below: the source counts what it sent */
 	if (PATH_HOPS(origin->mark) >= HOPS_MAX)
 		return drop_slot(skb, channel->slot, TO_GUEST, DROP_HOPS);
+	if (from_tunnel_late(skb, port))
+		return drop_slot(skb, channel->slot, TO_GUEST, DROP_BROADCAST_PATH);
 	if (origin->mark & MARK_JUDGED)
 		path |= PATH_JUDGED;
 	return deliver(skb, channel->slot, path);

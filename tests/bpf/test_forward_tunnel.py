@@ -143,6 +143,17 @@ def test_a_redirect_arrives_at_its_port(lab: Lab, underlay: tuple[str, str]) -> 
     assert lab.placed(REMOTE) is None  # nothing is learned from a redirect
 
 
+@pytest.mark.parametrize("judged", [0, MODEL.MARK_JUDGED])
+def test_broadcast_of_a_source_that_is_late_has_come_already(lab: Lab, judged: int) -> None:
+    """The port takes what its network floods: of the same broadcast there may be two, and at most one arrives."""
+    outside, a = overlay(lab)
+    channel(lab, 1)
+    for frame in (datagram(BROADCAST, REMOTE), datagram("33:33:00:00:00:01", REMOTE), datagram(A, REMOTE)):
+        arrive(outside, UNDERLAY, CHANNEL, MODEL.MARK_REDIRECT | judged, frame)
+    assert a.receive() == datagram(A, REMOTE)
+    assert lab.drops(1) == {MODEL.DROP_BROADCAST_PATH: 2}
+
+
 @pytest.mark.parametrize("wrong", ["unknown", "source", "epoch"])
 def test_a_redirect_that_is_not_the_ports_own_is_dropped(lab: Lab, wrong: str) -> None:
     outside, a = overlay(lab)

@@ -232,6 +232,23 @@ def test_broadcast_comes_by_one_path(hosts: Hosts) -> None:
     assert numbers(b.take(ref)) == [2]
 
 
+def test_broadcast_that_a_late_source_held_does_not_come_twice(hosts: Hosts) -> None:
+    a, b = hosts["a"], hosts["b"]
+    old, new = opened(a), staged(b, epoch=2)
+    b.accept_redirect(new, 7, "a")
+    a.hold(old)
+    b.commit(new)
+    b.open(new, broadcast=False)
+    b.set_broadcast(new, True)  # the source has been silent for too long
+    for host in (a, b):
+        host.switch.forward("blue", frame(1, to="ff:ff:ff:ff:ff:ff"), None)
+    a.switch.forward("blue", frame(2), None)
+    a.quiesce(old)
+    a.redirect(old, 7, "b")
+    assert sorted(numbers(b.take(new))) == [1, 2]
+    assert b.port(new).drops == {"broadcast-path": 1}
+
+
 def test_a_staged_port_gets_nothing_flooded(hosts: Hosts) -> None:
     b = hosts["b"]
     ref = staged(b)

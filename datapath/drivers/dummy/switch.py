@@ -215,6 +215,10 @@ class Switch:
         port = self.ports.get(ref) if ref else None
         if port is None or announced != source:
             self.drops["channel"] += 1
+            return
+        port.came += 1
+        if not judged and frame[0] & 1 and port.broadcast and port.gate == "local" and port.state is PortState.ACTIVE:
+            self.drop(port, "broadcast-path", frame, "to")  # its own network may have flooded it here before
         elif judged and port.state is PortState.ACTIVE and port.gate == "local":
             port.queue.append(frame)
         else:
