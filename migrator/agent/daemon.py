@@ -60,7 +60,13 @@ class Agent:
         )
         self.ends = Ends(self.around, self._instance_ended)
         self.hosting = HostConfig(
-            self.host, self.driver, self.around, self.store, self.ends.in_hand, self.ends.taking_part
+            self.host,
+            self.driver,
+            self.around,
+            self.store,
+            self.ends.in_hand,
+            self.ends.taking_part,
+            self.ends.changed,
         )
         self.link = Link(config.agent.coordinator, self.hello, self._order, self._attached)
         self.household = Household(self)

@@ -173,6 +173,7 @@ class DestinationEnd(End):
 
     def _stage_as(self, records: Sequence[Record]) -> None:
         for ref, record in zip(self.refs, records, strict=True):
+            self.arrival.revisions[ref] = int(record.get("revision", 0))
             self.driver.stage(ref, record, self.order.devices.get(ref.mac, ""))
             self.driver.set_lease(ref, self.around.settings.lease_s)
             channel = orders.port_channel(self.order.channel, (one.mac for one in self.refs), ref.mac)
@@ -224,6 +225,7 @@ class DestinationEnd(End):
         self.report.moved = self.arrival.moved()
         await self.call(self._open_all, action.degraded)
         self.report.span("open", "resumed")
+        self.report.revision = self.arrival.revision
         self.post(words.Opened())
         self.beside("announce", self._announce)
         self.beside("source-first", self._wait_for_source)
@@ -261,10 +263,19 @@ class DestinationEnd(End):
 
     def _opened(self) -> pb.Opened:
         opened_ms = self.report.times_ms.get("open", 0.0)
-        return pb.Opened(epoch=self.report.epoch, degraded=self.state.degraded, opened_ms=opened_ms)
+        return pb.Opened(
+            epoch=self.report.epoch, degraded=self.state.degraded, opened_ms=opened_ms, revision=self.report.revision
+        )
 
     async def _open_broadcast(self, _: words.OpenBroadcast) -> None:
+        """What the source passed on may still be on its way: another path than that of its word."""
+        deadline = time.monotonic() + PASSED_ON_S
+        while not await self.call(self._all_came) and time.monotonic() < deadline:
+            await asyncio.sleep(PASSED_ON_POLL_S)
         await self.call(self._broadcast_all)
+
+    def _all_came(self) -> bool:
+        return all(self.driver.passed_on(ref)[1] >= self._passed_on.get(ref.mac, 0) for ref in self.refs)
 
     def _broadcast_all(self) -> None:
         each(self.refs, lambda ref: self.driver.set_broadcast(ref, True))

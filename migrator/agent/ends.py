@@ -58,6 +58,12 @@ class Ends:
         """Is the instance at either end of a migration that is not over?"""
         return any(ref in end.refs and not end.over for end in self.of(ref.vm))
 
+    def changed(self, ref: PortRef, revision: int, again: Callable[[], None]) -> None:
+        """The configuration of an instance was changed: see migrator.agent.host.Changed."""
+        for end in self.of(ref.vm):
+            if isinstance(end, DestinationEnd) and ref in end.refs:
+                end.arrival.configured(ref, revision, again)
+
     def destination(self, migration: str) -> DestinationEnd | None:
         end = self._ends.get((migration, Role.DESTINATION))
         return end if isinstance(end, DestinationEnd) else None
@@ -216,6 +222,8 @@ class Ends:
         order = pb.PrepareDestination.FromString(bytes.fromhex(saved["order"]))
         end = DestinationEnd(self._around, order, state, lambda _: None)
         statuses = {status.ref: status for status in await end.call(self._around.driver.ports)}
+        here = {ref: statuses[ref].record for ref in end.refs if ref in statuses}
+        end.arrival.revisions.update({ref: int(record.get("revision", 0)) for ref, record in here.items()})
         committed = all(ref in statuses and statuses[ref].committed for ref in end.refs)
         opened = any(ref in statuses and statuses[ref].state is PortState.ACTIVE for ref in end.refs)
         said = self._around.guests.state(end.vm)

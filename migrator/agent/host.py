@@ -18,13 +18,16 @@ from migrator.agent.end import Surroundings
 from migrator.agent.store import Store
 from migrator.errors import AlreadyMigrating
 
+Changed = Callable[[PortRef, int, Callable[[], None]], None]
+"""Instance, revision of the configuration that it has now, and how to make it so again. Called in the VM's lane."""
+
 CHANGEABLE = frozenset({PortState.STAGED, PortState.ACTIVE, PortState.QUIESCED})
 
 
 class HostConfig:
     """`in_hand(vm)`: a migration of the VM is under way here, so its new instances are that one's business.
 
-    `taking_part(ref)`: an instance takes part in one.
+    `taking_part(ref)`: an instance takes part in one. `changed` hears of every order that was carried out.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class HostConfig:
         store: Store,
         in_hand: Callable[[str], bool],
         taking_part: Callable[[PortRef], bool],
+        changed: Changed,
     ) -> None:
         self._host = host
         self._driver = driver
@@ -42,6 +46,7 @@ class HostConfig:
         self._store = store
         self._in_hand = in_hand
         self._taking_part = taking_part
+        self._changed = changed
         self._lock = asyncio.Lock()
         self._networks: dict[str, pb.Network] = {}
         self._places: dict[tuple[str, str], str] = {}
@@ -200,6 +205,7 @@ class HostConfig:
         if status.record.get("revision", 0) <= order.revision and status.record != record:
             self._driver.update(status.ref, record)
         self._set_rules(order, status.ref)
+        self._changed(status.ref, order.revision, lambda: self._change(order, self._driver.port(status.ref)))
         if status.state is PortState.STAGED and not self._in_hand(status.ref.vm):
             self._driver.open(status.ref)  # an earlier run of the agent ended between the two
 

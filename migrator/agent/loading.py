@@ -6,10 +6,11 @@ Runs in the VM's lane, except for `check`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from datapath.provider import Driver, PortRef
-from datapath.state.kind import Op
+from datapath.registry import KINDS
+from datapath.state.kind import Nature, Op
 from migrator.agent.report import Report
 from migrator.errors import Corrupt
 from migrator.snapshot import Section, Tally
@@ -24,7 +25,19 @@ class Arrival:
         self._report = report
         self._tally = Tally()
         self._moved: Counter[str] = Counter()
+        self._again: dict[PortRef, Callable[[], None]] = {}
+        self.revisions: dict[PortRef, int] = {}
         self.loaded = 0
+
+    @property
+    def revision(self) -> int:
+        """Of the configuration that all of the ports have, 0 when it is not known."""
+        return min((self.revisions.get(ref, 0) for ref in self._refs.values()), default=0)
+
+    def configured(self, ref: PortRef, revision: int, again: Callable[[], None]) -> None:
+        """The coordinator changed a port while it is copied. The source's tables may be older: `again` follows them."""
+        self.revisions[ref] = revision
+        self._again[ref] = again
 
     def load(self, section: Section) -> None:
         """Apply one section. Raises Corrupt for a port that is not of this VM, LoadRejected as the driver does."""
@@ -37,6 +50,8 @@ class Arrival:
             self._report.not_moved[f"{section.kind}: not known here"] += section.count
             return
         loaded = self._driver.load(ref, section.table)
+        if ref in self._again and section.op is Op.LOAD and Nature.CONFIGURATION in KINDS[section.kind].nature:
+            self._again[ref]()
         self._report.entries += section.count
         self.loaded += loaded.loaded
         if section.op is Op.LOAD:

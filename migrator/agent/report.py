@@ -31,6 +31,7 @@ class Report:
     memory: dict[str, float] = field(default_factory=dict)  # of the guest, as in Migration.memory
     marks: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    revision: int = 0  # of the configuration that the ports opened with
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -76,4 +77,5 @@ class Report:
             memory=self.memory,
             leading=self.leading,
             reason=self.reason,
+            revision=self.revision,
         )

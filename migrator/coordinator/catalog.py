@@ -33,6 +33,7 @@ class Catalog:
     objects: dict[str, dict[str, Any]] = field(default_factory=lambda: {sort: {} for sort in SORTS})
     revisions: dict[tuple[str, str], int] = field(default_factory=dict)
     by_vm: dict[str, set[str]] = field(default_factory=dict)  # vm -> names of its ports
+    configured: dict[str, int] = field(default_factory=dict)  # port -> revision since which it is as it is, wherever
 
     def take(self, entries: Iterable[Entry]) -> None:
         """Bring changes in, as the journal gave them."""
@@ -44,10 +45,13 @@ class Catalog:
                 known.pop(entry.name, None)
                 self.revisions.pop((entry.sort, entry.name), None)
                 continue
+            before = known.get(entry.name)
             known[entry.name] = SORTS[entry.sort].FromString(entry.body)
             self.revisions[entry.sort, entry.name] = entry.revision
             if entry.sort == "port":
                 self.by_vm[known[entry.name].vm].add(entry.name)
+                if before is None or not _only_moved(before, known[entry.name]):
+                    self.configured[entry.name] = entry.revision
 
     @property
     def networks(self) -> Mapping[str, pb.Network]:
@@ -129,11 +133,11 @@ class Catalog:
         return self.sets[item[1:]].prefixes if item.startswith("@") else (item,)
 
     def _order_revision(self, port: pb.Port) -> int:
-        parts = [("port", f"{port.vm}/{port.mac}"), ("network", port.network)]
+        parts = [("network", port.network)]
         if port.policy:
             parts.append(("policy", port.policy))
             parts += [("address-set", name) for name in sets_of(self.policies[port.policy])]
-        return max(self.revisions.get(part, 0) for part in parts)
+        return max(self.configured.get(f"{port.vm}/{port.mac}", 0), *(self.revisions.get(part, 0) for part in parts))
 
     def ports_touched(self, entries: Iterable[Entry]) -> list[pb.Port]:
         """Ports whose order these changes alter."""
@@ -157,6 +161,13 @@ class Catalog:
             ports=self.ports.values(),
             revision=revision,
         )
+
+
+def _only_moved(before: pb.Port, after: pb.Port) -> bool:
+    probe = pb.Port()
+    probe.CopyFrom(after)
+    probe.host = before.host
+    return probe == before
 
 
 def sets_of(policy: pb.Policy) -> set[str]:

@@ -141,8 +141,8 @@ class Execution:
             self._arm(run)
         for action in actions:
             self._act(run, action)
-        if run.machine.phase is Phase.DONE and before.phase is not Phase.DONE:
-            self._configure(run, run.agreed.destination)
+        if run.machine.phase in machine.MOVED and before.phase not in machine.MOVED:
+            self._configure(run, run.agreed.destination, since=run.opened_with)
         self.doubts.consider(run)
         if not run.live:
             self.running.pop(run.id, None)
@@ -187,10 +187,12 @@ class Execution:
                 DURATION.observe(run.report.finished_at - run.report.started_at)
                 log.info("migration ends", migration=run.id, outcome=run.report.outcome, reason=run.report.reason)
 
-    def _configure(self, run: Running, host: str) -> None:
-        """Tell a host the VM's ports as they are. At a destination tables may have overtaken a change on their way."""
+    def _configure(self, run: Running, host: str, *, since: int = 0) -> None:
+        """Tell a host the VM's ports as they are, if they have changed after revision `since`."""
         for port in self._store.catalog.ports_of(run.agreed.vm):
-            self._roster.send(host, port=self._store.catalog.order(port))
+            order = self._store.catalog.order(port)
+            if order.revision > since:
+                self._roster.send(host, port=order)
 
     def _order(self, run: Running, role: Role, order: machine.Order, reason: str) -> None:
         host = run.agreed.host(role)

@@ -23,6 +23,7 @@ from migrator.coordinator.store import Store
 from migrator.coordinator.whereabouts import refuse_contradiction, whereabouts
 from migrator.errors import AlreadyMigrating, IllegalTransition, MigrationNotFound, PeerLost
 from migrator.lifecycle import coordinator as machine
+from migrator.lifecycle.machine import Role
 
 CHANNEL_MAX = (1 << 24) - 1
 DOWNTIME_MS = 300  # QEMU's own default
@@ -194,6 +195,8 @@ class Migrations:
             )
             return
         merge(run.report, news.report)
+        if role is Role.DESTINATION:
+            run.opened_with = max(run.opened_with, news.report.revision)
         reason = news.problem.message or news.report.reason
         if news.event in machine.WORDS:
             log.info("agent says", migration=run.id, host=host, said=news.event, reason=reason)

@@ -50,6 +50,7 @@ class Running:
     report: pb.Migration
     epochs: dict[str, int] = field(default_factory=dict)  # MAC -> epoch at the source
     need: pb.Need | None = None
+    opened_with: int = 0  # revision of the configuration that the destination named when it opened
     described_at: int = 0  # revision of the configuration that the source described
     news: asyncio.Event = field(default_factory=asyncio.Event)
     deadline: asyncio.TimerHandle | None = None

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from datapath.provider import PortRef
+from migrator._pb import migrator_pb2 as pb
+from migrator.agent.stream import PeerStream
 from tests.unit.pair import MACS, eventually, world
 
 
@@ -156,5 +162,43 @@ def test_the_guest_is_stopped_when_what_is_left_fits_the_wanted_downtime(tmp_pat
             assert (await w.finish(short)).outcome == "aborted"
             await w.quiet()
             assert (await w.finish(await w.migrate("b", downtime_ms=250))).outcome == "complete"
+
+    asyncio.run(scenario())
+
+
+def test_the_ports_open_with_the_newest_rules_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source's rules come after the coordinator's newer ones, and the guest never meets them."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            send, changed = PeerStream.send, asyncio.Event()
+
+            async def late(stream: PeerStream, message: pb.FromSource) -> None:
+                if message.HasField("section"):
+                    await changed.wait()
+                await send(stream, message)
+
+            monkeypatch.setattr(PeerStream, "send", late)
+            driver: Any = w.driver("b")
+            opening, met = driver.open, []
+
+            def watched(ref: PortRef, **options: Any) -> Any:
+                rules = [rule for table in driver.dump(ref, "acl") for rule in table.records or ()]
+                met.append([first for rule in rules for first, _ in rule["ports"]])
+                return opening(ref, **options)
+
+            driver.open = watched
+            migration = await w.migrate("b")
+            await eventually(lambda: any(str(end.state.phase) == "copying" for end in w.agents["a"].ends))
+            rule = pb.Rule(direction="to", action="allow", protocol="tcp", ports=["80"], priority=10)
+            w.cluster.apply(pb.ApplyRequest(config=pb.Config(policies=[pb.Policy(name="web", rules=[rule])])))
+            revision = w.cluster.store.catalog.revisions["policy", "web"]
+            arrival: Any = w.agents["b"].ends.destination(migration)
+            await eventually(lambda: arrival.arrival.revision == revision)
+            changed.set()
+            running = w.cluster.migrations._execution.running[migration]
+            assert (await w.finish(migration)).outcome == "complete"
+            assert met == [[80], [80]]
+            assert running.opened_with == revision
 
     asyncio.run(scenario())

@@ -221,3 +221,42 @@ def test_change_during_a_migration_goes_to_both_instances(tmp_path: Path) -> Non
         assert here.epoch == 1
 
     run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("named", ["newest", "older", "none"])
+def test_an_opening_names_its_configuration_and_gets_what_is_newer(tmp_path: Path, named: str) -> None:
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        first = a.last("port").revision
+        report = await bench.begin_migration()
+        await bench.phase(report.id, "switchover")
+        office = pb.AddressSet(name="office", prefixes=["198.51.100.0/24"])
+        await bench.stub.Apply(pb.ApplyRequest(config=pb.Config(address_sets=[office])))
+        newest = (await b.hear("port")).revision
+        assert newest > first
+        b.progress("opened", a.migration, revision={"newest": newest, "older": first, "none": 0}[named])
+        await bench.finished(report.id)
+        assert (await bench.stub.Hosts(pb.Empty())).hosts
+        if named == "newest":
+            assert b.names().count("port") == 1
+        else:
+            again = await b.hear("port", 2)
+            assert (again.epoch, again.revision, again.port.host) == (2, newest, "h2")
+            assert b.names().count("port") == 2
+
+    run(tmp_path, scenario)
+
+
+def test_a_move_alone_is_no_change_of_the_configuration(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        revision = a.last("port").revision
+        report = await bench.begin_migration()
+        await a.hear("authorise")
+        b.progress("opened", a.migration, revision=revision)
+        assert (await bench.finished(report.id)).outcome == "complete"
+        port = next(iter(bench.cluster.store.catalog.ports.values()))
+        assert bench.cluster.store.catalog.order(port).revision == revision
+        assert "port" not in b.names()
+
+    run(tmp_path, scenario)
