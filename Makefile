@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PB := migrator/_pb/migrator_pb2.py
 BPF := datapath/bpf/switch.bpf.o
 BPF_SOURCES := $(wildcard datapath/bpf/*.bpf.c datapath/bpf/lib/*.h)
+GUEST := $(wildcard tests/libvirt/guest/*.[ch])
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
 .PHONY: help setup packages test lint demo bench build generate bpf clean lock format test-% test-oldest-kernel
@@ -58,12 +59,12 @@ lint: setup  ## ruff, mypy, layers, C format, house rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
-	@$(BIN)/clang-format --dry-run --Werror datapath/bpf/*.bpf.c datapath/bpf/lib/*.h
+	@$(BIN)/clang-format --dry-run --Werror datapath/bpf/*.bpf.c datapath/bpf/lib/*.h $(GUEST)
 	@tools/houserules
 
 format: setup  ## make the code look as lint wants it
 	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format --quiet .
-	@$(BIN)/clang-format -i datapath/bpf/*.bpf.c datapath/bpf/lib/*.h
+	@$(BIN)/clang-format -i datapath/bpf/*.bpf.c datapath/bpf/lib/*.h $(GUEST)
 
 build: setup  ## a wheel with compiled BPF programs and generated code, in dist/
 	@rm -rf build dist/*.whl

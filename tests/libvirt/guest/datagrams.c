@@ -14,10 +14,10 @@
 #include <string.h>
 #include <unistd.h>
 
-#define FLOWS 16
+#define FLOWS   16
 #define NUMBERS (1u << 22)
-#define BURST 64
-#define BUFFER (8 << 20)
+#define BURST   64
+#define BUFFER  (8 << 20)
 
 struct datagram {
 	char magic[4];
@@ -223,23 +223,36 @@ bool datagram_order(const struct order *order)
 	return true;
 }
 
+/* The next number of a flow; false while its socket is full: the device is slower than the burst after a standstill,
+ * and that shall cost no number. */
+static bool send_next(struct sender *one)
+{
+	struct datagram made = {"mgNB", htobe32(one->flow), htobe64(one->sent)};
+
+	if (sendto(one->watched.fd, &made, sizeof(made), 0, (void *)&one->to, one->length) < 0) {
+		if (errno == EAGAIN)
+			return false;
+		one->failed++;
+	}
+	one->sent++;
+	one->next += one->every_us;
+	return true;
+}
+
 uint64_t datagram_tick(uint64_t now)
 {
 	uint64_t soonest = now + 1000000;
 
 	for (struct sender *one = senders; one < senders + FLOWS; one++) {
+		bool taken = true;
+		uint64_t next;
+
 		if (!one->used || !one->running)
 			continue;
-		for (int i = 0; i < BURST && one->next <= now; i++) { /* a late tick sends what is due */
-			struct datagram made = {"mgNB", htobe32(one->flow), htobe64(one->sent)};
-
-			one->failed += sendto(one->watched.fd, &made, sizeof(made), 0, (void *)&one->to,
-					      one->length) != sizeof(made);
-			one->sent++;
-			one->next += one->every_us;
-		}
-		if (one->next < soonest)
-			soonest = one->next;
+		for (int i = 0; i < BURST && taken && one->next <= now; i++) /* a late tick sends what is due */
+			taken = send_next(one);
+		next = taken ? one->next : now + 1000;
+		soonest = next < soonest ? next : soonest;
 	}
 	return soonest;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* The loop, the clock and the serial port of guestd. An order is one line, "ID op key=value ...", its answer one line of
- * JSON with that id. An order whose id was the last one's is answered again, not obeyed again: who asks may repeat it
- * after a move, when nobody knows on which side of it the line was read. */
+/* The loop, the clock and the serial port of guestd. An order is one line, "ID op key=value ...", its answer one line
+ * of JSON with that id. An order whose id was the last one's is answered again, not obeyed again: who asks may repeat
+ * it after a move, when nobody knows on which side of it the line was read. */
 #include "guestd.h"
 
 #include <arpa/inet.h>

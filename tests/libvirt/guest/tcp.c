@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 #define STREAMS 4096
-#define CHUNK 16384
+#define CHUNK   16384
 
 static struct stream {
 	struct watched watched;
@@ -254,8 +254,8 @@ static void verdict(void)
 		if (one->dead[0] || one->verified < one->goal)
 			reason = one->dead[0] ? one->dead : "silent";
 	}
-	reply("\"total\": %u, \"alive\": %u, \"lost\": %u, \"bytes\": %lu, \"over\": %s, ", total, total - dead - silent,
-	      dead + silent, bytes, silent ? "false" : "true");
+	reply("\"total\": %u, \"alive\": %u, \"lost\": %u, \"bytes\": %lu, \"over\": %s, ", total,
+	      total - dead - silent, dead + silent, bytes, silent ? "false" : "true");
 	reply(reason ? "\"reasons\": [\"%s\"]" : "\"reasons\": []", reason);
 }
 
@@ -275,7 +275,8 @@ static void status(void)
 		alive++;
 		answering += one->verified == one->wanted || now - one->asked_us < 1000000;
 	}
-	reply("\"total\": %u, \"alive\": %u, \"connected\": %u, \"failed\": %u", stream_count, alive, connected, failed);
+	reply("\"total\": %u, \"alive\": %u, \"connected\": %u, \"failed\": %u", stream_count, alive, connected,
+	      failed);
 	reply(", \"serving\": %u, \"answering\": %u, \"bytes\": %lu", serving, answering, bytes);
 }
 
