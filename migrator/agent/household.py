@@ -53,6 +53,10 @@ class Household:
     def host(self) -> str:
         return self._agent.host
 
+    @property
+    def state_dir(self) -> Path:
+        return self._agent.config.agent.state_dir
+
     # ---- ports ----
 
     async def declare(self, vm: str, ports: Sequence[pb.Port]) -> list[str]:

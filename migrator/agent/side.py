@@ -19,6 +19,10 @@ class AgentSide(Protocol):
     @property
     def host(self) -> str: ...
 
+    @property
+    def state_dir(self) -> Path:
+        """Where the agent keeps what must outlive it; the driver may make files of its own there."""
+
     async def declare(self, vm: str, ports: Sequence[pb.Port]) -> list[str]:
         """These are the VM's ports, here; returns the coordinator's warnings. Idempotent.
 

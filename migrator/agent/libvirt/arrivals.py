@@ -99,8 +99,11 @@ class Arrivals:
 
     def in_hand(self, vm: str) -> bool:
         """Is a migration of the VM to this host under way, whose guest has not come yet?"""
-        arrival = self._arrivals.get(vm)
-        return self._side.arriving(vm) in WAITING or (arrival is not None and not arrival.over and not arrival.failed)
+        phase = self._side.arriving(vm)
+        if phase:
+            return phase in WAITING
+        arrival = self._arrivals.get(vm)  # not staged yet
+        return arrival is not None and not arrival.over and arrival.report.phase in {"", "preparing"}
 
     async def begin(self, vm: str) -> None:
         """Have the state follow; returns when the source copies. Raises what the order of a migration raises.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import structlog
@@ -22,6 +22,7 @@ from migrator.agent.libvirt.events import Move
 from migrator.agent.libvirt.hearing import Found, Hearing
 from migrator.agent.libvirt.memory import Aim
 from migrator.agent.libvirt.options import LibvirtOptions
+from migrator.agent.libvirt.service import Service
 from migrator.agent.side import AgentSide
 from migrator.lifecycle.machine import Guest
 
@@ -31,6 +32,7 @@ SUSPEND_S = 5.0
 CANCEL_S = 10.0
 CANCEL_POLL_S = 0.02
 JOB_POLL_S = 0.25
+MEASURE_S = 0.03
 
 
 @dataclass
@@ -39,6 +41,8 @@ class _Leaving:
 
     tuned: moving.Tuned
     cancelled: bool = False
+    measures: Mapping[str, float] = field(default_factory=dict)
+    asked: float = 0.0  # when they were
     watch: asyncio.Task[None] | None = None
 
 
@@ -52,6 +56,7 @@ class LibvirtGuests:
         self.connection = Connection(self.options.uri, opened=self._hearing.listen, up=self._up, down=self._down)
         self._leaving: dict[str, _Leaving] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._service: Service | None = None
         self._log = structlog.get_logger()
 
     @property
@@ -68,10 +73,13 @@ class LibvirtGuests:
             self._log.warning("libvirt is not reached: where guests run is not known", uri=self.options.uri)
 
     async def attach(self, side: AgentSide) -> None:
-        del side  # nothing is asked of the agent here
+        self._service = Service(self, side)
+        await self._service.start()
 
     async def stop(self) -> None:
         self._on_event = lambda _: None
+        if self._service is not None:
+            await self._service.stop()
         for task in set(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -161,13 +169,22 @@ class LibvirtGuests:
             return Remaining(0, converged=True)  # it cannot be stopped any more than it is
         if 0 < aim.max_passes <= track.passes and aim.lead:
             return memory.remaining(aim, {"passes": float(track.passes)})
-        stats = await self._domain(vm, lambda domain: domain.jobStats())
-        return memory.remaining(aim, memory.measures(stats))
+        return memory.remaining(aim, await self._measures(vm))
 
     def _aim(self, vm: str, order_ms: int) -> Aim:
         known = self._leaving.get(vm)
         tuned = moving.Tuned() if known is None else known.tuned
         return tuned.aim(self.options.aim, order_ms)
+
+    async def _measures(self, vm: str) -> Mapping[str, float]:
+        """What QEMU counts, asked anew when it is too old: each question costs QEMU's main loop some time."""
+        known = self._leaving.get(vm)
+        if known is not None and time.monotonic() < known.asked + MEASURE_S:
+            return known.measures
+        found = memory.measures(await self._domain(vm, lambda domain: domain.jobStats()))
+        if known is not None:
+            known.measures, known.asked = found, time.monotonic()
+        return found
 
     async def suspend(self, vm: str) -> None:
         if self._hearing.track(vm).guest is Guest.PAUSED:

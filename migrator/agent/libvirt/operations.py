@@ -2,11 +2,12 @@
 
     destination   migrate     the state of the VM begins to follow it here, or the move is refused
                   prepare     taps are made; waits for the first full copy
-    start         prepare     taps are made, ports declared, or the start is refused
+    start         restore     the start will be one from saved memory
+                  prepare     taps are made, ports declared, or the start is refused
                   start       what was saved is restored; the guest does not run yet
                   started     told
     end           stopped, release   told: ports go, taps are removed; an arrival that will not come is called off
-    others        restore, reconnect, attach   told
+    others        reconnect, attach   nothing: the inventory compares when libvirtd is back
 
 libvirtd holds the VM while its hook runs, so nothing here waits for a call of libvirt. Operations of one VM are done
 one after the other, in the order in which they came. Those that may not fail are answered at once and done afterwards.
@@ -39,8 +40,11 @@ class Inventory(Protocol):
     async def starting(self, domain: Domain) -> list[str]:
         """The VM is about to start here: its ports are declared; returns warnings. Raises what refuses the start."""
 
+    async def coming_back(self, domain: Domain) -> None:
+        """Its machine is about to be made from saved memory."""
+
     async def restoring(self, domain: Domain) -> list[str]:
-        """The guest is about to run: what was saved of its ports is loaded. Returns warnings."""
+        """The guest is about to run: devices have their names, what was saved is loaded. Returns warnings."""
 
     async def started(self, domain: Domain) -> None:
         """Its machine runs here."""
@@ -146,6 +150,10 @@ class Operations:
         self._warn(domain, warnings)
         return {"ok": True}
 
+    async def _restore(self, domain: Domain, _: Request) -> Reply:
+        await self._inventory.coming_back(domain)
+        return {"ok": True}
+
     async def _start(self, domain: Domain, _: Request) -> Reply:
         if not self._arrivals.in_hand(domain.uuid):
             self._warn(domain, await self._inventory.restoring(domain))
@@ -188,7 +196,8 @@ class Operations:
             await self._inventory.stopped(domain)
 
     async def _released(self, domain: Domain) -> None:
-        await self._stopped(domain)
+        if self._arrivals.in_hand(domain.uuid):
+            await self._stopped(domain)
         await asyncio.to_thread(self._taps.remove, domain.uuid)
 
     def _call_off(self, domain: Domain, reason: str) -> None:
@@ -205,6 +214,7 @@ class _Turn:
 
 _ASKED: dict[str, Callable[[Operations, Domain, Request], Awaitable[Reply]]] = {
     "migrate": Operations._rewritten,
+    "restore": Operations._restore,
     "prepare": Operations._prepare,
     "start": Operations._start,
 }
