@@ -96,7 +96,7 @@ class Hearing:
     def _job_completed(self, _: Libvirt, domain: Any, stats: Mapping[str, Any], __: object) -> None:
         if stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT:
             vm = domain.UUIDString()
-            self._tell(GuestEvent(vm, "measured", moving=True, memory=memory.measures(stats)))
+            self._tell(GuestEvent(vm, "measured", moving=True, memory=memory.measures(stats, complete=True)))
 
     def _reset(self, _: Libvirt, domain: Any, __: object) -> None:
         self.happenings.tell(DomainEvent(domain.UUIDString(), domain.name(), "reset"))

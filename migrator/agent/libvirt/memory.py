@@ -52,8 +52,11 @@ def leaving(stats: Mapping[str, Any]) -> bool:
     return going and stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
 
 
-def measures(stats: Mapping[str, Any]) -> dict[str, float]:
-    """Job statistics as the report has them: bytes, bytes a second, passes, milliseconds. What is missing is not in."""
+def measures(stats: Mapping[str, Any], *, complete: bool = False) -> dict[str, float]:
+    """Job statistics as the report has them: bytes, bytes a second, passes, milliseconds. What is missing is not in.
+
+    Before the move is `complete`, QEMU's downtime is what it expects, and left out.
+    """
     names = {
         libvirt.VIR_DOMAIN_JOB_MEMORY_TOTAL: "total",
         libvirt.VIR_DOMAIN_JOB_MEMORY_REMAINING: "remaining",
@@ -61,9 +64,10 @@ def measures(stats: Mapping[str, Any]) -> dict[str, float]:
         libvirt.VIR_DOMAIN_JOB_MEMORY_BPS: "bps",
         libvirt.VIR_DOMAIN_JOB_MEMORY_ITERATION: "passes",
         libvirt.VIR_DOMAIN_JOB_TIME_ELAPSED: "elapsed_ms",
-        libvirt.VIR_DOMAIN_JOB_DOWNTIME: "downtime_ms",
         libvirt.VIR_DOMAIN_JOB_SETUP_TIME: "setup_ms",
     }
+    if complete:
+        names[libvirt.VIR_DOMAIN_JOB_DOWNTIME] = "downtime_ms"
     found = {ours: float(stats[theirs]) for theirs, ours in names.items() if theirs in stats}
     page = float(stats.get(libvirt.VIR_DOMAIN_JOB_MEMORY_PAGE_SIZE, 0))
     if page and libvirt.VIR_DOMAIN_JOB_MEMORY_DIRTY_RATE in stats:
