@@ -43,7 +43,8 @@ class SourceEnd(End):
         report = Report(order.migration, order.vm, order.epoch, around.host, order.destination)
         refs = [PortRef(order.vm, mac, epoch) for mac, epoch in sorted(order.epochs.items())]
         self.order = order
-        self.ports = Ports(around.driver, refs, report)
+        taken = around.store.taken(f"{order.migration}.{self.role}")
+        self.ports = Ports(around.driver, refs, report, taken)
         self.copier = Copier(around.driver, refs, with_state=not order.without_state)
         self.stream: PeerStream | None = None
         self.rounds = Rounds(
@@ -263,7 +264,7 @@ class SourceEnd(End):
         QUIET.begin(self.name)
         if action.follow:
             self.report.leading = False
-            self.report.frames["may_be_lost"] = 2
+            self.report.frames["may_be_lost"] = 2 * len(self.refs)  # each NIC's hypervisor may swallow two
             self.report.warn("the guest stopped by itself: one or two frames may be lost")
         self.stop_beside("watch")
         self.rounds.halt()

@@ -21,6 +21,7 @@ import xxhash
 from google.protobuf.message import DecodeError
 
 from migrator._pb import migrator_pb2 as pb
+from migrator.agent.frames import TakenFrames
 from migrator.errors import JournalFailed
 
 T = TypeVar("T")
@@ -84,6 +85,11 @@ class Store:
         if name in self._open:
             os.close(self._open.pop(name)[0])
         (self._ends / f"{name}.json").unlink(missing_ok=True)
+        self.taken(name).forget()
+
+    def taken(self, name: str) -> TakenFrames:
+        """Frames that this end took out of its guest's queue."""
+        return TakenFrames(self._ends / f"{name}.frames")
 
     def close(self) -> None:
         for descriptor, _ in self._open.values():

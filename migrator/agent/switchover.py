@@ -10,6 +10,7 @@ from typing import TypeVar
 from datapath.errors import Error, PortNotFound, StaleEpoch
 from datapath.provider import Driver, PortRef, PortState, Pumped
 from migrator.agent.config import MigrationSection
+from migrator.agent.frames import TakenFrames
 from migrator.agent.guests import Remaining
 from migrator.agent.orders import port_channel
 from migrator.agent.report import Report
@@ -64,16 +65,24 @@ async def wait_fits(remaining: Callable[[], Awaitable[Remaining]], report: Repor
 class Ports:
     """The ports of one VM at the source."""
 
-    def __init__(self, driver: Driver, refs: Sequence[PortRef], report: Report) -> None:
+    def __init__(self, driver: Driver, refs: Sequence[PortRef], report: Report, kept: TakenFrames) -> None:
         self._driver = driver
         self._refs = list(refs)
         self._report = report
+        self._kept = kept
         self._taken: dict[PortRef, list[bytes]] = {ref: [] for ref in refs}
         self._held: set[PortRef] = set()
         self._quiesced: set[PortRef] = set()
 
     def recall(self) -> None:
         """After a restart: how far an earlier run had got."""
+        taken, uncertain = self._kept.recall()
+        for ref in self._refs:
+            self._taken[ref] = taken.get(ref.mac, [])
+        if uncertain:
+            self._report.frames["may_be_lost"] += uncertain
+            self._report.warn(f"the agent died while it passed on {uncertain} frames: they may be lost")
+            self._kept.forget()
         for ref in self._refs:
             try:
                 status = self._driver.port(ref)
@@ -112,13 +121,18 @@ class Ports:
 
     def take(self) -> None:
         """Take what the guest left unread: kept here, in order, for whoever runs the guest next."""
+        before = sum(len(frames) for frames in self._taken.values())
         for ref in self._refs:
             self._taken[ref] += self._driver.take(ref)
-        self._report.frames["taken"] = sum(len(frames) for frames in self._taken.values())
+        count = sum(len(frames) for frames in self._taken.values())
+        self._report.frames["taken"] = count
+        if count > before:
+            self._kept.keep({ref.mac: frames for ref, frames in self._taken.items() if frames})
 
     def redirect(self, channel: int, host: str) -> None:
         self.shut()
         self.take()
+        self._kept.pass_on()
 
         def redirect(ref: PortRef) -> None:
             judged, self._taken[ref] = self._taken[ref], []
@@ -126,11 +140,18 @@ class Ports:
             self._count("redirected", self._driver.redirect(ref, own, host, judged))
 
         each(self._refs, redirect)
+        self._kept.forget()
+
+    def passed_on(self) -> dict[str, int]:
+        """MAC -> frames that its redirect has passed on so far."""
+        return {ref.mac: self._driver.passed_on(ref)[0] for ref in self._refs}
 
     def resume(self) -> None:
         """Active again: what the guest left unread goes first, then what was held."""
+        self._kept.pass_on()
         steps = (self._return, self._unlease, self._driver.untrack)
         each(((step, ref) for step in steps for ref in self._refs), lambda one: one[0](one[1]))
+        self._kept.forget()
 
     def _return(self, ref: PortRef) -> None:
         taken, self._taken[ref] = self._taken[ref], []

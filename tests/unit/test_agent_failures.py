@@ -219,6 +219,55 @@ def test_frames_left_in_the_guests_queue_come_back_on_a_rollback(tmp_path: Path)
     asyncio.run(scenario())
 
 
+async def with_frames_taken(w: World) -> tuple[str, PortRef, list[bytes]]:
+    """The guest stopped by itself, three frames were in its queue, and the destination has committed."""
+    ref = w.active("a")[0]
+    w.hypervisor.converged, w.hypervisor.downtime_s = False, 1.5
+    migration = await w.migrate("b")
+    await reach(w, "a", "watching")
+    left = [bytes(12) + bytes([i]) * 60 for i in range(3)]
+    w.driver("a").inject(ref, left, judged=True)
+    w.hypervisor.stop()
+    await reach(w, "a", "committed")
+    return migration, ref, left
+
+
+@pytest.mark.parametrize("fail", [False, True], ids=["moved", "rolled back"])
+def test_frames_taken_from_the_guests_queue_outlive_the_agent(tmp_path: Path, fail: bool) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.hypervisor.fail = fail
+            migration, ref, left = await with_frames_taken(w)
+            await w.stop("a")
+            await w.start("a")
+            report = await w.finish(migration, 20.0)
+            host, outcome = ("a", "aborted") if fail else ("b", "complete")
+            assert report.outcome == outcome, report
+            there = next(new for new in w.active(host) if new.mac == ref.mac)
+            assert [frame for frame in w.driver(host).take(there) if frame in left] == left
+            await w.quiet()
+            assert not list(w.directory.glob("*/migrations/*"))
+
+    asyncio.run(scenario())
+
+
+def test_frames_that_may_have_been_passed_on_are_not_sent_twice_but_counted(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            migration, ref, left = await with_frames_taken(w)
+            await w.stop("a")
+            taken = next((w.directory / "a" / "migrations").glob("*.frames"))
+            taken.write_bytes(b"p" + taken.read_bytes()[1:])
+            await w.start("a")
+            report = await w.finish(migration, 20.0)
+            assert report.frames["may_be_lost"] == len(left), report
+            assert any("may be lost" in warning for warning in report.warnings), report
+            there = next(new for new in w.active("b") if new.mac == ref.mac)
+            assert not [frame for frame in w.driver("b").take(there) if frame in left]
+
+    asyncio.run(scenario())
+
+
 def test_a_second_migration_of_the_vm_is_refused(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with world(tmp_path, "a", "b", "c") as w:
