@@ -251,6 +251,13 @@ class Driver(abc.ABC):
         """Source: pass on `judged`, then what is held, then what comes, in order, to `host`. The tables stay."""
 
     @abc.abstractmethod
+    def passed_on(self, ref: PortRef) -> tuple[int, int]:
+        """Frames that went on by this instance's redirect, and frames that came to this instance by one.
+
+        Segments of a GSO frame are counted one by one. What came goes before all that set_broadcast lets go.
+        """
+
+    @abc.abstractmethod
     def redirect_idle_s(self, ref: PortRef) -> float:
         """Seconds since the last frame went through the redirect (since it began, if none did)."""
 

@@ -319,7 +319,8 @@ class SourceEnd(End):
     async def _send_accounts(self) -> None:
         began = time.monotonic()
         try:
-            await self._write(pb.FromSource(redirecting=pb.Empty()))
+            passed_on = await self.call(self.ports.passed_on)
+            await self._write(pb.FromSource(redirecting=pb.Empty(), passed_on=passed_on))
             if not self.order.without_state:
                 tables = self.copier.settle()
                 while (sections := await self.call(next, tables, None)) is not None:

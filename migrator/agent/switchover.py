@@ -146,6 +146,10 @@ class Ports:
         """MAC -> frames that its redirect has passed on so far."""
         return {ref.mac: self._driver.passed_on(ref)[0] for ref in self._refs}
 
+    def passed_on(self) -> dict[str, int]:
+        """MAC -> frames that its redirect has passed on so far."""
+        return {ref.mac: self._driver.passed_on(ref)[0] for ref in self._refs}
+
     def resume(self) -> None:
         """Active again: what the guest left unread goes first, then what was held."""
         self._kept.pass_on()

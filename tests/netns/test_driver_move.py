@@ -140,6 +140,9 @@ def test_numbered_frames_move_with_the_vm(pair: list[Host], network: str) -> Non
     here, there = stream.finish()
     assert here + there == list(range(stream.sent)), "lost, doubled or out of order"
     assert pumped.passed >= 100 and len(there) > 200
+    sent_on, _ = source.run(lambda: source.driver.passed_on(vm.ref))
+    assert target.run(lambda: target.driver.passed_on(moved.ref)) == (0, sent_on), "all that went came, and is counted"
+    assert sent_on >= pumped.passed
     assert paused < 1.0
     (table,) = target.run(lambda: list(target.driver.dump(moved.ref, "conntrack")))
     assert table.columns is not None

@@ -36,12 +36,28 @@ static __always_inline void count_held(__u32 slot, int direction)
 		count->held[direction & 1]++;
 }
 
-static __always_inline void count_redirected(__u32 slot)
+/* Segments: the path between hosts may cut a GSO frame up, or join frames. */
+static __always_inline __u32 count_segments(const struct __sk_buff *skb)
+{
+	__u32 segments = skb->gso_segs;
+
+	return segments ? segments : 1;
+}
+
+static __always_inline void count_redirected(struct __sk_buff *skb, __u32 slot)
 {
 	struct counters *count = bpf_map_lookup_elem(&counters, &slot);
 
 	if (count)
-		count->redirected++;
+		count->redirected += count_segments(skb);
+}
+
+static __always_inline void count_came(struct __sk_buff *skb, __u32 slot)
+{
+	struct counters *count = bpf_map_lookup_elem(&counters, &slot);
+
+	if (count)
+		count->came += count_segments(skb);
 }
 
 /* The frame passed the port. */

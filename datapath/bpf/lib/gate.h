@@ -55,7 +55,7 @@ static __always_inline int gate_redirect(struct __sk_buff *skb, struct port *por
 		return drop_at(skb, port, TO_GUEST, DROP_TUNNEL);
 	if (!(path & PATH_LOCAL)) /* ports of this host do not keep it alive: they learn the place when it ends */
 		port->redirected = bpf_ktime_get_ns();
-	count_redirected(port->slot);
+	count_redirected(skb, port->slot);
 	return verdict;
 }
 

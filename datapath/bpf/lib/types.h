@@ -363,7 +363,8 @@ struct counters {         /* per port and CPU; 0 from the guest, 1 to the guest 
 	__u64 drops[DROP_REASONS];
 	__u64 would_drop; /* learning mode */
 	__u64 held[2];    /* frames that waited in a hold tap; 0 from the guest, 1 to the guest */
-	__u64 redirected;
+	__u64 redirected; /* sent on to the host that the VM moved to; segments of a GSO frame counted one by one */
+	__u64 came;       /* the same at that host: accepted on the port's channel */
 };
 
 enum event_type {

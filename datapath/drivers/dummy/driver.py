@@ -238,6 +238,10 @@ class DummyDriver(Driver):
         pumped = self._pump(port)
         return Pumped(pumped.passed + len(judged), pumped.dropped)
 
+    def passed_on(self, ref: PortRef) -> tuple[int, int]:
+        port = self._port(ref)
+        return port.counters["redirected"], port.came
+
     def redirect_idle_s(self, ref: PortRef) -> float:
         port = self._port(ref)
         if port.redirect is None:

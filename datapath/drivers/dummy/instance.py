@@ -45,6 +45,7 @@ class Instance:
     shut: bool = False
     redirect: Redirect | None = None
     broadcast: bool = True
+    came: int = 0  # frames that came by a redirect
     lease_ns: int | None = None
     trace: bool = False
     tracking: bool = False

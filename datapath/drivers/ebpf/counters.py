@@ -42,6 +42,13 @@ class Counters:
         sums.update({_DROP + drops.name(int(i)): int(reasons[i]) for i in np.flatnonzero(reasons)})
         return sums
 
+    def passed_on(self, slot: int) -> tuple[int, int]:
+        """Frames that went on by the port's redirect, and those that came to it by one."""
+        counted = self._kernel.counters.get(slot)
+        if counted is None:
+            return 0, 0
+        return int(counted["redirected"].sum(dtype=np.uint64)), int(counted["came"].sum(dtype=np.uint64))
+
     def total(self, instance: Instance) -> dict[str, int]:
         """Own plus carried, and what connections had counted elsewhere that ended here before it was known."""
         carried = instance.entry.carried

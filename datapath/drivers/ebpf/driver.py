@@ -180,6 +180,9 @@ class EbpfDriver(Driver):
         instance.forget_guest()
         return passed
 
+    def passed_on(self, ref: PortRef) -> tuple[int, int]:
+        return self._parts().counters.passed_on(self._find(ref).slot)
+
     def redirect_idle_s(self, ref: PortRef) -> float:
         return self._parts().switchover.redirect_idle_s(self._find(ref))
 

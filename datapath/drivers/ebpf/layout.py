@@ -122,6 +122,7 @@ COUNTERS = _structure(
         ("would_drop", "<u8"),
         ("held", "<u8", 2),
         ("redirected", "<u8"),
+        ("came", "<u8"),
     ],
 )
 EVENT = _structure(

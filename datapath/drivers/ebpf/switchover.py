@@ -83,6 +83,7 @@ class Switchover:
         slot = instance.slot
         before = self._words.flag(slot, drop=C.PORT_F_AWAITS_SOURCE | C.PORT_F_NO_BROADCAST)
         if before.flags & C.PORT_F_AWAITS_SOURCE and before.state == C.PORT_ACTIVE:
+            barrier()  # what came by the redirect and is counted has reached the guest's device
             self._kernel.ports.store(slot, "lease", 0)
             self._words.set_gate(slot, C.GATE_LOCAL)  # frames that come now queue behind those that wait
             self._holds.pump_to(instance)
