@@ -12,7 +12,7 @@ from datapath.state.drops import NAMES
 from migrator import config
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.apply import apply as apply_command
-from migrator.cli.changes import apply, checked, declared, remove
+from migrator.cli.changes import apply, checked, declared, remove, report
 from migrator.cli.context import Context, Group, complete, pass_context
 from migrator.cli.local import find_ports, here
 from migrator.errors import ConfigInvalid, ObjectNotFound
@@ -73,8 +73,12 @@ def list_(context: Context) -> None:
     if context.json:
         print_json([plain(item) for item in ports])
         return
-    rows = [(p.vm, p.name, p.mac, p.network, p.host, p.policy, list(p.addresses)) for p in ports]
-    print_table(("VM", "NAME", "MAC", "NETWORK", "HOST", "POLICY", "ADDRESSES"), rows)
+    rows = [(p.vm, p.name, p.mac, p.network, p.host, p.policy, _mode(p), list(p.addresses)) for p in ports]
+    print_table(("VM", "NAME", "MAC", "NETWORK", "HOST", "POLICY", "MODE", "ADDRESSES"), rows)
+
+
+def _mode(p: pb.Port) -> str:
+    return "learning" if p.learning else "enforcing"
 
 
 @port.command()
@@ -130,6 +134,18 @@ def sentence(reason: str) -> str:
     """What a drop reason means, "" when a newer switch made it up."""
     known = NAMES.get(reason)
     return known.sentence if known else ""
+
+
+@port.command()
+@click.argument("word", metavar="VM|MAC|VM/MAC", shell_complete=complete("vm"))
+@pass_context
+def enforce(context: Context, word: str) -> None:
+    """Let ports learn no more: connections under way were taken up, from now on only what the policy allows begins."""
+    ports = find_ports(context, word)
+    for item in ports:
+        item.learning = False
+    reply = context.coordinator.Apply(pb.ApplyRequest(config=pb.Config(ports=ports)))
+    report(context, reply)
 
 
 @port.command("del")

@@ -125,6 +125,19 @@ def test_objects_are_made_one_by_one(capsys) -> None:
     assert [r["id"] for r in parsed(capsys, "acl", "show", "web", "--json")["rules"]] == [2]
 
 
+@pytest.mark.usefixtures("served")
+def test_a_learning_port_is_enforced(document: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "apply", "-f", document)
+    said(capsys, "port", "enforce", "shop")
+    port = ("--vm", VM, "--mac", MAC, "--network", "blue", "--device", "t{mac6}", "--policy", "web", "--name", "shop")
+    said(capsys, "port", "add", *port, "--learning")
+    assert "learning" in said(capsys, "port", "list")
+    assert "changed" in said(capsys, "port", "enforce", "shop")
+    assert "nothing to change" in said(capsys, "port", "enforce", f"{VM}/{MAC}")
+    assert "enforcing" in said(capsys, "port", "list")
+    assert not parsed(capsys, "port", "show", MAC, "--json")[0]["learning"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
