@@ -124,7 +124,7 @@ def test_wrong_bytes_are_seen_inside(clean_guest: GuestMachine, outsider: Machin
         listener = socket.create_server(("0.0.0.0", SERVICE + 1))
     with listener:
         worker = clean_guest.worker("tcp")
-        clean_guest.control.call("connect", address=outsider.address, port=SERVICE + 1, count=1)
+        assert worker.call("connect", address=outsider.address, port=SERVICE + 1, count=1)["connected"] == 1
         listener.settimeout(10)
         served, _ = listener.accept()
         with served:
