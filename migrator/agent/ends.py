@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -146,6 +147,8 @@ class Ends:
                 end.post(leaving.GuestGone(moved=False))  # it may have ended before anybody listened
             at = {end.report.source: Role.SOURCE, end.report.destination: Role.DESTINATION}.get(order.guest_at)
             end.post(Verdict(guest_at=at, committed=order.committed, opened=order.opened, gone=order.gone))
+            if at is None and not order.gone and isinstance(end, DestinationEnd):
+                end.not_elsewhere()
         return bool(ends)
 
     async def end_redirect(self, order: pb.EndRedirect) -> None:
@@ -227,9 +230,11 @@ class Ends:
         committed = all(ref in statuses and statuses[ref].committed for ref in end.refs)
         opened = any(ref in statuses and statuses[ref].state is PortState.ACTIVE for ref in end.refs)
         said = self._around.guests.state(end.vm)
-        runs = opened or (committed if said is None else said is Guest.RUNNING)
+        if said is None and committed and not opened:
+            # Nobody knows: the operator may have taken the guest back meanwhile. Who can say so is heard first.
+            end.state = replace(state, phase=arriving.Phase.COMMITTED, guest=False)
         end.begin(())
-        end.post(arriving.Restarted(guest=runs, committed=committed))
+        end.post(arriving.Restarted(guest=opened or said is Guest.RUNNING, committed=committed))
         return end
 
     def ended(self, end: End) -> None:

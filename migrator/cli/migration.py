@@ -8,7 +8,7 @@ import click
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.context import Context, Group, complete, pass_context
-from migrator.cli.progress import code_of, follow, print_report
+from migrator.cli.progress import code_of, follow, hint_at_doubt, print_report
 from migrator.errors import MigrationNotFound
 from migrator.table import plain, print_json, print_table
 
@@ -29,6 +29,7 @@ def list_(context: Context, running: bool) -> None:
         return
     columns = ("MIGRATION", "VM", "FROM", "TO", "PHASE", "OUTCOME", "ENTRIES", "STARTED", "REASON")
     print_table(columns, [_row(report) for report in reports])
+    hint_at_doubt(reports)
 
 
 def _row(m: pb.Migration) -> tuple[object, ...]:

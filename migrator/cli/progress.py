@@ -114,3 +114,13 @@ def print_report(report: pb.Migration) -> None:
             print_table((title, ""), values.items())
     for warning in report.warnings:
         click.echo(f"migrator: warning: {warning}", err=True)
+    hint_at_doubt([report])
+
+
+def hint_at_doubt(reports: Iterable[pb.Migration]) -> None:
+    """Say what can be done about each migration that waits for a word of where its guest is."""
+    for report in reports:
+        if report.phase == IN_DOUBT:
+            hosts = f"{report.source}|{report.destination}"
+            resolve = f"migrator migration resolve {report.id} --guest-at {hosts}"
+            click.echo(f"migrator: hint: look where VM {report.vm} runs, then `{resolve}`", err=True)

@@ -273,6 +273,8 @@ def _back(state: State, event: Back) -> Step:
         return _abort(state, f"the {role} agent was lost while preparing")
     if state.phase in UNDONE and role not in state.ended:
         return state, _repeat_abort(state, role)
+    if role is B and state.phase in UNDECIDED:
+        return state, (Tell(B, Verdict(guest_at=None)),)  # nobody has said that the guest is at the source
     if role is A and state.phase in {Phase.AUTHORISED, Phase.SWITCHOVER}:
         return state, (Send(A, Order.AUTHORISE),)
     if role is A and state.phase in {Phase.OPEN, Phase.DONE}:

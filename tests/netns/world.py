@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
+
 from migrator._pb import migrator_pb2 as pb
 from migrator.lab import oracle
 from migrator.lab.machines import Machine, Port, add_peer, add_vm, unplug
@@ -139,7 +141,7 @@ class World:
         """Remove what was made; then every host must look as one that never saw it, and no log may complain."""
         for machine in self.machines:
             self.cluster.settled(machine)
-        self.cluster.withdraw(*self.machines)
+        wait_until("the ports may be taken away", self._withdrawn, 40.0)
         for worker in self.cluster.workers:
             worker.close()
         self.cluster.workers.clear()
@@ -148,6 +150,16 @@ class World:
                 unplug(self.cluster, machine)
         wait_until("hosts are as if the VMs never were", lambda: not self.remainder(), 20.0, 0.1, self.remainder)
         assert not self.complaints(), "\n".join(self.complaints())
+
+    def _withdrawn(self) -> bool:
+        """False while the coordinator still undoes a move whose outcome it has told."""
+        try:
+            self.cluster.withdraw(*self.machines)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
+                raise
+            return False
+        return True
 
     def remainder(self) -> list[str]:
         """What hosts have that they had not before, or the other way."""

@@ -163,8 +163,9 @@ def test_redirect_is_ended_by_a_coordinator_started_later(tmp_path: Path, settle
 def test_rollback_told_after_the_restart(tmp_path: Path) -> None:
     async def after(bench: Bench, report: pb.Migration) -> None:
         a, b = Agent("h1"), Agent("h2")
-        b.on = {"verdict": ["aborted"]}
         await bench.attach(a, b)
+        assert not (await b.hear("verdict")).guest_at  # nobody has said that the guest is at the source
+        b.on = {"verdict": ["aborted"]}
         a.progress("rolled-back", report.id)
         assert (await b.hear("verdict")).guest_at == "h1"
         assert (await bench.finished(report.id)).outcome == "aborted"

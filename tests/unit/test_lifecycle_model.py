@@ -18,7 +18,7 @@ from migrator.lifecycle import destination as b
 from migrator.lifecycle import destination_words as bw
 from migrator.lifecycle import source as a
 from migrator.lifecycle import source_words as aw
-from migrator.lifecycle.machine import Action, Event, Guest, Role
+from migrator.lifecycle.machine import Action, Event, Guest, Role, Verdict
 
 STATES_MAX = 400_000
 Messages = tuple[Any, ...]
@@ -177,7 +177,7 @@ class Model:
         w = replace(w, b=state)
         for action in actions:
             w = self.act_b(w, action)
-        if isinstance(event, bw.CommitDone) and not self.budget.hypervisor:
+        if not self.budget.hypervisor and commits(state, event):
             assert w.guest != "A", "runs at both"
             w = replace(w, guest="B", guest_b=(*w.guest_b, bw.GuestRunning()))
         return w
@@ -375,7 +375,7 @@ class Model:
         if w.forth is not None:
             w = replace(w, forth=None, back=None, in_a=(*w.in_a, aw.PeerLost()))
         committed = w.port_b in {"committed", "open"}
-        runs = w.guest == "B" if self.budget.hypervisor else committed
+        runs = w.guest == "B" if self.budget.hypervisor else w.port_b == "open"
         if runs:
             assert w.guest != "A", "runs at both"
             w = replace(w, guest="B")
@@ -389,6 +389,13 @@ class Model:
         w = self.at_c(w, c.Restarted())
         w = self.at_c(self.at_c(w, c.Back(Role.SOURCE)), c.Back(Role.DESTINATION))
         return self.tell_b(self.tell_a(w))
+
+
+def commits(state: b.State, event: Event) -> bool:
+    """Does a guest without a hypervisor run at the destination from this event on?"""
+    elsewhere = isinstance(event, Verdict) and (event.guest_at is not None or event.gone)
+    asked = isinstance(event, bw.Asked | Verdict) and state.phase is bw.Phase.COMMITTED and not elsewhere
+    return isinstance(event, bw.CommitDone) or asked
 
 
 def check(w: World) -> None:
