@@ -167,7 +167,7 @@ def test_rollback_told_after_the_restart(tmp_path: Path) -> None:
         assert not (await b.hear("verdict")).guest_at  # nobody has said that the guest is at the source
         b.on = {"verdict": ["aborted"]}
         a.progress("rolled-back", report.id)
-        assert (await b.hear("verdict")).guest_at == "h1"
+        assert (await b.hear("verdict", 2)).guest_at == "h1"
         assert (await bench.finished(report.id)).outcome == "aborted"
 
     restarted(tmp_path, committed, after)
