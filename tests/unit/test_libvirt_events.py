@@ -48,7 +48,7 @@ def number(name: str) -> tuple[int, int]:
 
 
 def tell(track: Track, story: Iterable[str]) -> tuple[Track, list[tuple[str, bool]]]:
-    """A story's words. Steps: "SUSPENDED/MIGRATED" is libvirt's; "STOP", "MIGRATION:active", "MIGRATION_PASS:2" QEMU's."""
+    """The words of a story: "SUSPENDED/MIGRATED" is a step of libvirt's, "STOP" and "MIGRATION:active" are QEMU's."""
     said = []
     for step in story:
         name, _, argument = step.partition(":")
@@ -431,7 +431,9 @@ def test_only_a_move_to_another_host_is_leaving() -> None:
     assert not memory.leaving({**STATS, "type": libvirt.VIR_DOMAIN_JOB_COMPLETED})
     for operation in range(libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT):
         assert not memory.leaving({**STATS, "operation": operation})
-    assert not memory.leaving({})
+    assert not memory.leaving({}) and not memory.ending({})
+    failed = {**STATS, "type": libvirt.VIR_DOMAIN_JOB_CANCELLED}
+    assert memory.ending(failed) and not memory.leaving(failed), "libvirt may not have started the guest again yet"
 
 
 # ---- what the ports' keeper is told ----

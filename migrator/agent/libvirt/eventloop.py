@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import libvirt
 import libvirtaio
 
 _Coroutine = Coroutine[Any, Any, Any]
@@ -46,10 +47,14 @@ class Doorway:
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop | None = None
 
-    def pass_on(self, function: Callable[..., object], *arguments: Any) -> None:
-        loop = self.loop
-        if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(_quietly, function, *arguments)
+    def pass_on(self, function: Callable[..., object], *arguments: Any) -> bool:
+        """False when there is no loop any more."""
+        try:
+            assert self.loop is not None
+            self.loop.call_soon_threadsafe(_quietly, function, *arguments)
+        except RuntimeError:  # it is closed
+            return False
+        return True
 
     def add_reader(self, fd: int, function: Callable[..., object], *arguments: Any) -> None:
         self.pass_on(lambda: self._running().add_reader(fd, function, *arguments))
@@ -65,7 +70,8 @@ class Doorway:
 
     def create_task(self, work: _Coroutine) -> _Later:
         later = _Later(self, work)
-        self.pass_on(later.begin)
+        if not self.pass_on(later.begin):
+            work.close()
         return later
 
     def _running(self) -> asyncio.AbstractEventLoop:
@@ -89,6 +95,7 @@ def use_running_loop() -> None:
     global _registered
     _DOOR.loop = asyncio.get_running_loop()
     if _registered is None:
+        libvirt.registerErrorHandler(lambda *_: None, None)  # errors are raised; libvirt would print them as well
         # libvirtaio schedules what frees a callback by ensure_future(loop=...), which only calls create_task.
         _registered = libvirtaio.virEventAsyncIOImpl(loop=_DOOR)
         _registered.register()

@@ -202,8 +202,10 @@ class LibvirtGuests:
             await self._quietly(vm, lambda domain: domain.abortJob())
         deadline = time.monotonic() + CANCEL_S
         while (left := await self._still(vm)) is not None and time.monotonic() < deadline:
+            if left.over and (left.running or not (certain and left.stopped)):
+                return left.running
             if left.over:
-                return left.running or (certain and left.stopped and await self._wake(vm))
+                await self._quietly(vm, lambda domain: domain.resume())
             await asyncio.sleep(CANCEL_POLL_S)
         return False
 
@@ -213,9 +215,6 @@ class LibvirtGuests:
             return await self._domain(vm, moving.still)
         except GuestFailed:
             return None
-
-    async def _wake(self, vm: str) -> bool:
-        return await self._quietly(vm, lambda domain: domain.resume())
 
     def committed(self, vm: str) -> None:
         del vm  # its hypervisor says when it runs here
@@ -229,13 +228,11 @@ class LibvirtGuests:
         except GuestFailed as error:
             raise GuestFailed(f"VM {vm}: {error.message}", hint=error.hint) from error
 
-    async def _quietly(self, vm: str, function: Callable[[Any], object]) -> bool:
+    async def _quietly(self, vm: str, function: Callable[[Any], object]) -> None:
         try:
             await self._domain(vm, function)
         except GuestFailed as error:
             self._log.info("libvirt refused", vm=vm, error=str(error))
-            return False
-        return True
 
     def _go(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

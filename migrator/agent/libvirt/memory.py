@@ -52,6 +52,12 @@ def leaving(stats: Mapping[str, Any]) -> bool:
     return going and stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
 
 
+def ending(stats: Mapping[str, Any]) -> bool:
+    """Do they tell of one that goes on, or has failed and still is undone?"""
+    known = stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE) != libvirt.VIR_DOMAIN_JOB_NONE
+    return bool(known and stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+
+
 def measures(stats: Mapping[str, Any], *, complete: bool = False) -> dict[str, float]:
     """Job statistics as the report has them: bytes, bytes a second, passes, milliseconds. What is missing is not in.
 

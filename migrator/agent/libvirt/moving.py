@@ -88,7 +88,7 @@ class Still:
 
 def still(domain: Domain) -> Still:
     """How a domain is whose move was to end. Raises libvirtError when it is not here."""
-    over = not memory.leaving(domain.jobStats())
+    over = not memory.ending(domain.jobStats())
     state, reason = domain.state()
     elsewhere = {libvirt.VIR_DOMAIN_PAUSED_POSTCOPY, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED}
     paused = state == libvirt.VIR_DOMAIN_PAUSED and reason not in elsewhere
