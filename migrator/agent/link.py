@@ -86,10 +86,9 @@ class Link:
             reader = asyncio.create_task(self._read(call, outgoing))
             beside = [asyncio.create_task(_write(call, outgoing)), asyncio.create_task(self._watch(outgoing, reader))]
             try:
-                await reader
-            except asyncio.CancelledError:
-                if not outgoing.full.is_set():
-                    raise
+                await asyncio.wait({reader})
+                if not reader.cancelled():  # else it was cut off, here
+                    reader.result()
             finally:
                 for task in (reader, *beside):
                     task.cancel()
