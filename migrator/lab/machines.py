@@ -15,6 +15,7 @@ from migrator.lab.processes import Worker, wait_until
 from migrator.lab.topology import Lab
 
 GUEST_DEVICE = "eth0"
+UNRESOLVED_BYTES = 32 << 20
 
 
 @dataclass
@@ -131,7 +132,10 @@ def unplug(lab: Lab, machine: Machine) -> None:
 
 
 def _configure(lab: Lab, name: str, ports: Sequence[Port]) -> None:
-    """Give the guest its addresses."""
+    """Give the guest its addresses. While a neighbour's MAC is asked for no datagram is dropped for want of room."""
+    for number in range(len(ports)):
+        for family in ("ipv4", "ipv6"):
+            netns.set_sysctl(lab.name(name), f"net/{family}/neigh/eth{number}/unres_qlen_bytes", UNRESOLVED_BYTES)
     netns.ip_batch(
         lab.name(name),
         [

@@ -60,15 +60,15 @@ def test_two_that_talk_change_places(world: World, network: str, late: str | Non
     left = world.vm("h1", network, policy="open", behaviour=behaviours["left"])
     right = world.vm("h2", network, policy="open", behaviour=behaviours["right"])
     streams = Streams(left, right)
-    outcomes = _at_once(world, (left, "h2"), (right, "h1"))
+    outcomes = at_once(world, (left, "h2"), (right, "h1"))
     assert outcomes == ["aborted" if late in (side, "both") else "complete" for side in ("left", "right")]
     if late is None:
-        assert _at_once(world, (left, "h1"), (right, "h2")) == ["complete"] * 2
+        assert at_once(world, (left, "h1"), (right, "h2")) == ["complete"] * 2
     streams.run_on(100)
     streams.assert_perfect()
 
 
-def _at_once(world: World, *moves: tuple[Machine, str]) -> list[str]:
+def at_once(world: World, *moves: tuple[Machine, str]) -> list[str]:
     with ThreadPoolExecutor(len(moves)) as pool:
         begun = [pool.submit(world.cluster.migrate, vm, to) for vm, to in moves]
         return [move.result().outcome for move in begun]

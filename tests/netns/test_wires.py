@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from migrator.lab.machines import Machine
 from migrator.lab.processes import wait_until
 
+from .test_places import at_once
 from .test_rules import instances
 from .traffic import Streams
 from .wires import Flow, Wires
@@ -36,8 +39,7 @@ def test_every_frame_on_every_wire(world: World, route: tuple[str, ...], network
     for report in world.follow(vm, route):
         assert report.leading
     streams.run_on(100)
-    streams.assert_perfect()
-
+    streams.finish()
     for flow in (to, back):
         wires.assert_lossless(flow)
     for flow, way in ((to, "out"), (back, "in")):
@@ -48,6 +50,7 @@ def test_every_frame_on_every_wire(world: World, route: tuple[str, ...], network
         assert redirected[:10] == away[: len(redirected)][:10], "the source passed on what the destination got first"
     if host == "h3":
         assert wires.uplink("h3", to, "out") == wires.inside(peer, to, "out"), "once, whatever network it is"
+    streams.assert_perfect()
 
 
 def assert_stays(taps: dict[str, list[int]], route: tuple[str, ...]) -> None:
@@ -69,6 +72,56 @@ def test_nothing_is_lost_when_the_redirect_ends(world: World, network: str) -> N
     assert instances(world, "h1", vm), "the redirect stands"
     wait_until("the redirect ends", lambda: not instances(world, "h1", vm), 20.0)
     streams.run_on(100)
-    streams.assert_perfect()
+    streams.finish()
     for flow in (to, back):
         wires.assert_lossless(flow)
+    streams.assert_perfect()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    "late", ["", "left", "right", "left right"], ids=["both move", "left fails", "right fails", "both fail"]
+)
+def test_two_that_talk_change_places(world: World, network: str, late: str) -> None:
+    """Two VMs that talk to each other, in opposite directions at once, and either or both of them fail late."""
+    if late:
+        world.expected.append("aborted|rolled|failed|gone|lost")
+    left, right = (
+        world.vm(host, network, policy="open", behaviour=changing(side in late))
+        for side, host in (("left", "h1"), ("right", "h2"))
+    )
+    streams = Streams(left, right)
+    wires, to, back = captured(world, streams, left, right)
+    outcomes = at_once(world, (left, "h2"), (right, "h1"))
+    assert outcomes == ["aborted" if side in late else "complete" for side in ("left", "right")]
+    if not late:
+        assert at_once(world, (left, "h1"), (right, "h2")) == ["complete"] * 2
+    streams.run_on(100)
+    streams.finish()
+    for flow in (to, back):
+        wires.assert_lossless(flow)
+    streams.assert_perfect()
+
+
+def changing(fails: bool) -> dict[str, Any]:
+    return {"memory_ms": 300, "swallow": False, **({"fail_after_ms": 60} if fails else {})}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_only_what_the_hypervisor_swallowed_is_missing(world: World, route: tuple[str, ...], network: str) -> None:
+    """A guest that stops by itself: each frame that it misses was on a tap of it, and no host lost any."""
+    behaviour = {"memory_ms": 60_000, "self_stop_ms": 300, "swallow": True}
+    vm, peer = world.vm("h1", network, behaviour=behaviour), world.peer("h3", network)
+    streams = Streams(vm, peer)
+    wires, to, back = captured(world, streams, vm, peer)
+    reports = world.follow(vm, route)
+    streams.run_on(100)
+    streams.finish()
+    sent, came = wires.inside(peer, to, "out"), wires.inside(vm, to, "in")
+    missing = set(sent) - set(came)
+    assert came == [number for number in sent if number not in missing], "in order, and nothing else"
+    assert missing <= {number for numbers in wires.taps(vm, to, "out").values() for number in numbers}
+    assert len(missing) <= vm.order("status")["swallowed"] <= 2 * len(route)
+    assert all(not report.leading and report.frames["may_be_lost"] == 2 for report in reports)
+    wires.assert_conserved(to, taken=sum(report.frames["taken"] for report in reports))
+    wires.assert_lossless(back)

@@ -30,7 +30,7 @@ from migrator.lab.workers.tcp import family
 FORMAT = struct.Struct("!4sIQ")  # magic, flow, number
 MAGIC = b"mgNB"
 BUFFER = 32 << 20
-SO_RCVBUFFORCE = 33
+SO_RCVBUFFORCE, SO_SNDBUFFORCE = 33, 32
 
 
 @dataclass
@@ -191,7 +191,8 @@ class Probe:
         )
         made = socket.socket(family(address), kind, number)
         made.setblocking(False)
-        made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+        for buffer in (SO_RCVBUFFORCE, SO_SNDBUFFORCE):
+            made.setsockopt(socket.SOL_SOCKET, buffer, BUFFER)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         self.sockets.append(made)
         return made
