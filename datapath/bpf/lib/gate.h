@@ -46,7 +46,7 @@ static __always_inline int gate_redirect(struct __sk_buff *skb, struct port *por
 	if (PATH_HOPS(path) >= HOPS_MAX)
 		return drop_at(skb, port, TO_GUEST, DROP_HOPS);
 	/* the destination gets what its own network floods, once its guest runs there */
-	if ((path & PATH_FLOOD) && !(path & PATH_MOVED))
+	if (path & PATH_FLOOD)
 		return drop_at(skb, port, TO_GUEST, DROP_BROADCAST_PATH);
 	if (lease_passed(port))
 		return drop_at(skb, port, TO_GUEST, DROP_LEASE);
@@ -69,7 +69,7 @@ static __always_inline int gate_pass(struct __sk_buff *skb, struct port *port, _
 		return drop_at(skb, port, TO_GUEST, DROP_NO_PLACE);
 	if (judged && PORT_STATE(word) != PORT_ACTIVE)
 		return drop_at(skb, port, TO_GUEST, DROP_NOT_ACTIVE);
-	if ((PORT_FLAGS(word) & PORT_F_NO_BROADCAST) && (path & PATH_FLOOD) && !(path & PATH_MOVED))
+	if ((PORT_FLAGS(word) & PORT_F_NO_BROADCAST) && (path & PATH_FLOOD))
 		return drop_at(skb, port, TO_GUEST, DROP_BROADCAST_PATH);
 	mark_set(skb, judged ? SKB_MARK_JUDGED : 0);
 	return send_to(skb, port->ifindex, path);
@@ -86,7 +86,7 @@ static __always_inline int gate_source_first(const struct port *port, __u32 *pat
 
 	if (!(PORT_FLAGS(word) & PORT_F_AWAITS_SOURCE) || PORT_STATE(word) != PORT_ACTIVE)
 		return DROP_NONE;
-	if ((*path & PATH_FLOOD) && !(*path & PATH_MOVED))
+	if (*path & PATH_FLOOD)
 		return DROP_BROADCAST_PATH;
 	if ((*path & PATH_MOVED) || lease_passed(port))
 		*path |= PATH_PASSED;

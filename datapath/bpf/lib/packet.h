@@ -99,11 +99,9 @@ static __always_inline int addr_equal(const __be32 a[4], const __be32 b[4])
 	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]));
 }
 
-/* RFC 792, RFC 4443: the types that carry the packet which caused them */
+/* RFC 792, RFC 4443: the types that carry the packet which caused them. Not for a later fragment, which has no type. */
 static __always_inline int packet_is_icmp_error(const struct packet *pkt)
 {
-	if (pkt->fragment == FRAGMENT_LATER)
-		return 0;
 	if (pkt->proto == IPPROTO_ICMPV6)
 		return pkt->icmp_type >= 1 && pkt->icmp_type <= 4;
 	if (pkt->proto != IPPROTO_ICMP)

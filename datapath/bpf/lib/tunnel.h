@@ -16,7 +16,7 @@
 
 /* How a frame goes on. Low bits: redirects taken so far, MARK_HOPS. */
 #define PATH_CLONE      (1 << 2) /* send a copy now and leave the frame to the caller; else it is the program's verdict */
-#define PATH_MOVED      (1 << 3) /* came by a redirect or out of a hold tap: meant for this port even if it is flooded */
+#define PATH_MOVED      (1 << 3) /* came by a redirect or out of a hold tap: meant for this port, so never PATH_FLOOD */
 #define PATH_PASSED     (1 << 4) /* was held already: goes past what is still held */
 #define PATH_JUDGED     (1 << 5) /* the source judged and counted it */
 #define PATH_FLOOD      (1 << 6) /* broadcast, multicast or of an unknown place: every host of the network gets it */
