@@ -9,7 +9,7 @@ BPF_SOURCES := $(wildcard datapath/bpf/*.bpf.c datapath/bpf/lib/*.h)
 GUEST := $(wildcard tests/libvirt/guest/*.[ch])
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
-.PHONY: help setup packages test lint demo bench build generate bpf clean lock format test-% test-oldest-kernel
+.PHONY: help setup packages test lint demo bench build generate bpf clean lock format test-% test-oldest-kernel bpf-coverage
 
 help:  ## this list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -47,6 +47,9 @@ test-%: setup  ## the tests of one folder: make test-unit, test-bpf, test-netns,
 
 test-oldest-kernel: setup  ## the same on Linux 6.1 in an emulated machine, slowly: ARGS="tests/bpf -k uplink"
 	@tools/oldest_kernel.py $(BIN)/python -m pytest -p no:cacheprovider $(or $(ARGS),tests/netns/test_driver_forward.py)
+
+bpf-coverage: setup  ## which branches of the BPF programs the tests take (root); ARGS="--keep DIR" for llvm-cov
+	@$(BIN)/python tools/bpf_coverage.py $(ARGS)
 
 demo: setup  ## move a VM between two hosts under traffic and show what happened (root); JSON=1, PLOT=file.svg
 	@$(BIN)/migrator demo $(if $(JSON),--json) $(if $(PLOT),--plot $(PLOT))

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from . import coverage
 from .model import BPF_SOURCES, CLANG, MODEL
 from .sysbpf import ARRAY, HASH, LPM_TRIE, PERCPU_ARRAY, PERCPU_HASH, Map, Run, prog_run
 
@@ -58,6 +59,8 @@ def _libbpf() -> ctypes.CDLL:
 
 
 def compile_object(source: Path, target: Path, *defines: str) -> Path:
+    if coverage.directory():
+        return coverage.compile_object(source, target, *defines)
     subprocess.run([*CLANG, f"-I{BPF_SOURCES}", *defines, "-c", source, "-o", target], check=True)
     return target
 
@@ -128,6 +131,7 @@ class Switch:
             self.programs[name] = library.bpf_program__fd(item)
             instructions = (library.bpf_program__insns(item), 8 * library.bpf_program__insn_cnt(item))
             self.instructions[name] = ctypes.string_at(*instructions)
+        self._stack.callback(coverage.collect, path, self.maps)
 
     def run(self, program: str, frame: bytes, ifindex: int = 0, *, repeat: int = 0, **fields: int) -> Run:
         """BPF_PROG_RUN of a tc program. ifindex: of the caller's namespace; fields: mark, gso_size, gso_segs."""

@@ -11,7 +11,14 @@ from pathlib import Path
 
 _SYS_BPF = 321
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 0, 1, 2, 3, 4
-_PROG_TEST_RUN, _OBJ_INFO, _BTF_GET_FD_BY_ID, _MAP_UPDATE_BATCH, _LINK_CREATE = 10, 15, 19, 26, 28
+_PROG_TEST_RUN, _OBJ_INFO, _BTF_GET_FD_BY_ID, _MAP_UPDATE_BATCH, _MAP_DELETE_BATCH, _LINK_CREATE = (
+    10,
+    15,
+    19,
+    26,
+    27,
+    28,
+)
 HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY, LPM_TRIE, ARRAY_OF_MAPS, HASH_OF_MAPS = 1, 2, 5, 6, 11, 12, 13
 TCX_INGRESS, TCX_EGRESS = 46, 47
 
@@ -101,6 +108,19 @@ class Map:
         zeroes = ctypes.create_string_buffer(self._stored_size() * self.max_entries)
         addresses = (ctypes.addressof(keys), ctypes.addressof(zeroes))
         bpf(_MAP_UPDATE_BATCH, struct.pack("=QQQQIIQQ", 0, 0, *addresses, self.max_entries, self.fd, 0, 0))
+
+    def fill(self, keys: list[bytes]) -> None:
+        """Zeroes at all these keys, in one call."""
+        self._batch(_MAP_UPDATE_BATCH, keys)
+
+    def empty(self, keys: list[bytes]) -> None:
+        """Take these keys out, in one call."""
+        self._batch(_MAP_DELETE_BATCH, keys)
+
+    def _batch(self, command: int, keys: list[bytes]) -> None:
+        raw, zeroes = _buffer(b"".join(keys)), ctypes.create_string_buffer(self._stored_size() * len(keys))
+        values = ctypes.addressof(zeroes) if command == _MAP_UPDATE_BATCH else 0
+        bpf(command, struct.pack("=QQQQIIQQ", 0, 0, ctypes.addressof(raw), values, len(keys), self.fd, 0, 0))
 
     def like(self, name: str, max_entries: int = 0) -> Map:
         """A new map with this one's attributes and types, to be put into a map of maps. The caller closes it."""

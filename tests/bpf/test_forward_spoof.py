@@ -77,6 +77,12 @@ def icmp6(source: str, kind: int, body: bytes = b"\0" * 4, hops: int = 255) -> b
     return ethernet(PEER, OWN, IPV6, ipv6(source, "ff02::2", ICMP6, struct.pack("!BBH", kind, 0, 0) + body, hops))
 
 
+def in_fragments(kind: int, later: bool = False) -> bytes:
+    """A neighbour discovery message behind a fragment header."""
+    head = struct.pack("!BBHI", ICMP6, 0, 8 << 3 if later else 1, 9)
+    return ethernet(PEER, OWN, IPV6, ipv6(LINK_LOCAL, "ff02::2", 44, head + struct.pack("!BBH", kind, 0, 0) + bytes(4)))
+
+
 @pytest.mark.parametrize(
     "source, expected",
     [
@@ -101,6 +107,9 @@ def test_source_mac(guest: Lab, source: str, expected: str) -> None:
         (from_ip("0.0.0.0"), "DROP_SPOOF_ADDRESS"),
         (from_ip("0.0.0.0", 68, 67), "passed"),
         (from_ip("0.0.0.0", 67, 68), "DROP_SPOOF_ADDRESS"),
+        (from_ip("0.0.0.0", 68, 69), "DROP_SPOOF_ADDRESS"),
+        (from_ip("0.0.0.0", 68, 67).replace(b"\x40\0\x40\x11", b"\x20\0\x40\x11"), "DROP_SPOOF_ADDRESS"),  # a fragment
+        (ethernet(PEER, OWN, IPV4, ipv4("0.0.0.0", "10.0.0.2", 47, bytes(8))), "DROP_SPOOF_ADDRESS"),
         (from_ip("10.0.0.9", 68, 67), "DROP_SPOOF_ADDRESS"),
         (from_ip6(IP6), "passed"),
         (from_ip6(LINK_LOCAL), "passed"),
@@ -127,6 +136,10 @@ def test_source_address(guest: Lab, frame: bytes, expected: str) -> None:
         (arp(OWN, IP, "10.0.0.2", claimed=PEER), "DROP_SPOOF_ARP"),
         (arp(STRANGER, IP, "10.0.0.2"), "DROP_SPOOF_MAC"),
         (arp(OWN, IP, "10.0.0.2").replace(b"\x06\x04\0\x01", b"\x06\x06\0\x01"), "DROP_SPOOF_ARP"),
+        (arp(OWN, IP, "10.0.0.2").replace(b"\x06\x04\0\x01", b"\x08\x04\0\x01"), "DROP_SPOOF_ARP"),
+        (arp(OWN, IP, "10.0.0.2").replace(b"\0\x01\x08\0\x06", b"\0\x06\x08\0\x06"), "DROP_SPOOF_ARP"),
+        (arp(OWN, IP, "10.0.0.2").replace(b"\0\x01\x08\0\x06", b"\0\x01\x86\xdd\x06"), "DROP_SPOOF_ARP"),
+        (arp(OWN, IP, "10.0.0.2")[:40], "DROP_SPOOF_ARP"),
         (rarp(OWN), "passed"),
         (rarp(OWN, claimed=PEER), "DROP_SPOOF_ARP"),
     ],
@@ -158,6 +171,17 @@ def test_arp(guest: Lab, frame: bytes, expected: str) -> None:
         (icmp6(LINK_LOCAL, 134, b"\0" * 12), "DROP_SPOOF_ND"),
         (icmp6(LINK_LOCAL, 137, b"\0" * 36), "DROP_SPOOF_ND"),
         (icmp6("::", 143), "passed"),
+        (icmp6("::", 131), "passed"),
+        (icmp6("::", 132), "passed"),
+        (icmp6(LINK_LOCAL, 131), "passed"),
+        (icmp6(LINK_LOCAL, 138), "passed"),
+        (icmp6(LINK_LOCAL, 133, b"\0" * 4 + b"\x0e\x01" + b"nonce." + b"\x01\x01" + b"\x02\0\0\0\0\x01"), "passed"),
+        (icmp6(LINK_LOCAL, 133, b"\0" * 4 + b"\x01\0" + b"\x02\0\0\0\0\x01"), "DROP_SPOOF_ND"),
+        (icmp6(LINK_LOCAL, 133, b"\0" * 4 + b"\x01\x02" + b"\x02\0\0\0\0\x01" + bytes(8)), "DROP_SPOOF_ND"),
+        (icmp6(LINK_LOCAL, 133, b"\0" * 4 + b"\x0e\x01nonce." * 5), "DROP_SPOOF_ND"),
+        (icmp6(LINK_LOCAL, 135, b"\0" * 12), "DROP_SPOOF_ND"),
+        (in_fragments(133), "DROP_SPOOF_ND"),
+        (in_fragments(133, later=True), "passed"),
         (icmp6("::", 128), "DROP_SPOOF_ADDRESS"),
     ],
     ids=name_of,
@@ -172,6 +196,11 @@ def test_nothing_is_checked_or_learned_of_a_dropped_frame(guest: Lab) -> None:
     guest.set_port(1, OWN, ifindex=guest.switch.get("ports", "port", 1).ifindex)
     assert sent(guest, datagram(PEER, STRANGER, ip=("10.9.9.9", "10.0.0.2"))) == "passed"
     assert guest.placed(STRANGER) == (MODEL.L2_PORT, 1)
+
+
+def test_a_mac_that_lives_elsewhere_is_not_owned(guest: Lab) -> None:
+    guest.place(STRANGER, MODEL.L2_UPLINK, 1, flags=MODEL.L2_F_STATIC)
+    assert sent(guest, datagram(PEER, STRANGER, ip=(IP, "10.0.0.2"))) == "DROP_SPOOF_MAC"
 
 
 def test_a_group_address_is_never_a_source(guest: Lab) -> None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel that was built of a copy without compiled programs."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("datapath", "migrator"):
+    for name in ("datapath", "migrator", "hooks"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.o", "__pycache__"))
     for name in ("pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tree)
