@@ -218,7 +218,7 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def idle(self, ref: PortRef) -> bool | None:
-        """Has the guest taken everything from its device's queue? None: cannot be known (no right or no such queue)."""
+        """Has the guest taken everything from its device's queue? None: cannot be known (no right, no queue, vhost)."""
 
     @abc.abstractmethod
     def quiesce(self, ref: PortRef) -> None:

@@ -56,6 +56,7 @@ class MigrationSection(_Section):
     drain_interval_s: float = Field(default=0.02, gt=0)
     idle_s: float = Field(default=0.002, ge=0)  # the guest's queue has to be empty for so long before it is stopped
     idle_deadline_s: float = Field(default=0.1, ge=0)
+    idle_blind_s: float = Field(default=0.02, ge=0)  # what a guest is given whose queue cannot be looked at
     probe_s: float = Field(default=3.0, gt=0)
     connect_s: float = Field(default=5.0, gt=0)
     step_s: float = Field(default=10.0, gt=0)  # a phase of the switchover

@@ -16,10 +16,12 @@ from pyroute2 import IPRoute
 
 from datapath.drivers.ebpf import devices, taps, tun
 from datapath.drivers.ebpf.devices import Link, Watch
+from datapath.drivers.ebpf.driver import EbpfDriver
 from datapath.drivers.ebpf.holds import QUEUE_LENGTH, HoldTap, Pump
 from datapath.drivers.ebpf.keeper import Keeper
 from datapath.drivers.ebpf.taps import GuestTap
 from datapath.errors import FeatureMissing, KernelError
+from datapath.provider import PortRef
 
 from .private import ETH_P_ALL, private_namespace, raw_socket, veth, wait_until
 
@@ -242,6 +244,47 @@ def flow(number: int) -> bytes:
     udp = struct.pack("!HHHH", 1000 + number, 2000, 8 + 20, 0) + bytes(20)
     ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0, bytes(4), bytes(4))
     return b"\xff" * 6 + b"\x02" + bytes(5) + b"\x08\x00" + ip + udp
+
+
+VHOST = """
+import sys
+from datapath.drivers.ebpf import tun
+vhost, fd = open(sys.argv[2]), tun.open_tap(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_queue_that_vhost_reads_cannot_be_seen_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel thread reads ahead: empty is not taken. A file stands for the device, whose module may be missing."""
+    device = tmp_path / "vhost-net"
+    device.touch()
+    command = [sys.executable, "-c", VHOST, "guest0", str(device)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with GuestTap("guest0") as tap:
+            assert not tap.vhost
+        monkeypatch.setattr(taps, "VHOST", str(device))
+        with GuestTap("guest0") as tap:
+            assert tap.vhost
+            assert EbpfDriver.idle(Looking(tap), PortRef("vm", "mac", 1)) is None  # type: ignore[arg-type]
+            tap.vhost = False
+            assert EbpfDriver.idle(Looking(tap), PortRef("vm", "mac", 1)) is True  # type: ignore[arg-type]
+        process.kill()
+
+
+class Looking:
+    """As much of a driver as looks into a queue."""
+
+    def __init__(self, tap: GuestTap) -> None:
+        self.tap = tap
+
+    def _find(self, ref: PortRef) -> PortRef:
+        return ref
+
+    def _guest_tap(self, _: PortRef) -> GuestTap:
+        return self.tap
 
 
 def test_the_copy_keeps_the_tap_alive_until_closed(guest: subprocess.Popen[str]) -> None:

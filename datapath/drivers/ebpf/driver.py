@@ -146,7 +146,7 @@ class EbpfDriver(Driver):
 
     def idle(self, ref: PortRef) -> bool | None:
         tap = self._guest_tap(self._find(ref))
-        return None if tap is None else not tap.readable()
+        return None if tap is None or tap.vhost else not tap.readable()
 
     def quiesce(self, ref: PortRef) -> None:
         self._parts().switchover.quiesce(self._find(ref))

@@ -2,6 +2,9 @@
 
 The descriptor is QEMU's (or another process's). It is found by /proc/PID/fdinfo, and copied by pidfd_getfd(2), which
 needs CAP_SYS_PTRACE. While the copy is open the tap lives, also when QEMU is gone: close it before the VM comes back.
+
+With vhost-net a kernel thread reads the tap for QEMU, several frames ahead of the guest: an empty queue says nothing
+then. What is left after a stop is in the queue again and can be taken as without it (drivers/vhost/net.c).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from pathlib import Path
 from datapath.drivers.ebpf import tun
 from datapath.errors import DatapathError, FeatureMissing, KernelError
 
+TUN, VHOST = "/dev/net/tun", "/dev/vhost-net"
 _SYS_PIDFD_GETFD = 438  # the same number on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -34,15 +38,16 @@ def holders(name: str) -> list[Holder]:
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
-            found += [Holder(int(process.name), fd) for fd in _tun_descriptors(process) if _names(process, fd) == name]
+            tuns = _descriptors(process, TUN)
+            found += [Holder(int(process.name), fd) for fd in tuns if _names(process, fd) == name]
     return sorted(found, key=lambda holder: (holder.pid, holder.fd))
 
 
-def _tun_descriptors(process: Path) -> Iterator[int]:
+def _descriptors(process: Path, device: str) -> Iterator[int]:
     with contextlib.suppress(OSError):  # it may end at any moment, or be of another user
         for entry in os.scandir(process / "fd"):
             with contextlib.suppress(OSError):
-                if os.readlink(entry.path) == "/dev/net/tun":  # noqa: PTH115 (a thousand of them: no Path objects)
+                if os.readlink(entry.path) == device:  # noqa: PTH115 (a thousand of them: no Path objects)
                     yield int(entry.name)
 
 
@@ -60,6 +65,7 @@ class GuestTap:
     def __init__(self, name: str) -> None:
         """Find and copy. Raises FeatureMissing that names the reason: no such process, or no right."""
         self.name = name
+        self.vhost = False  # of one of the process's taps: which one cannot be seen
         self._queues: dict[int, int] = {}  # descriptor -> bytes of its vnet header
         own = Path("/proc/thread-self/ns/net").stat().st_ino
         try:
@@ -94,6 +100,7 @@ class GuestTap:
             there, header = False, 0
         if there:
             self._queues[fd] = header
+            self.vhost = self.vhost or bool(list(_descriptors(Path("/proc", str(holder.pid)), VHOST)))
         else:
             os.close(fd)
 
