@@ -16,6 +16,7 @@ from migrator.agent.orders import port_channel
 from migrator.agent.report import Report
 
 POLL_S = 0.0002
+BLIND = "the guest's queue cannot be looked at (vhost-net, or no CAP_SYS_PTRACE): frames in it may be lost"
 MEMORY_POLL_S = 0.005
 T = TypeVar("T")
 
@@ -41,7 +42,8 @@ async def wait_idle(
     while holding():
         empty, now = await idle(), time.monotonic()
         if empty is None:
-            return report.warn("the guest's queue cannot be looked at: frames in it may be lost")
+            await asyncio.sleep(settings.idle_blind_s)
+            return report.warn(BLIND)
         empty_since = (empty_since or now) if empty else None
         if empty_since is not None and now - empty_since >= settings.idle_s:
             return None
