@@ -291,10 +291,16 @@ def test_a_broadcast_for_a_vm_that_moved_on(lab: Lab) -> None:
     assert leave(outside)[1:] == (CHANNEL + 1, MODEL.MARK_REDIRECT | 1, datagram(BROADCAST, B))
 
 
-def test_a_redirected_gso_frame_counts_as_its_segments(lab: Lab) -> None:
+@pytest.mark.parametrize("segments", [4, 0], ids=["of a host", "of a tap"])
+def test_a_redirected_gso_frame_counts_as_its_segments(lab: Lab, segments: int) -> None:
+    """The other end counts what comes, and that is cut up: both must agree. A tap does not say how many there are."""
     two_ports(lab, gate=MODEL.GATE_REDIRECT, remote=FAR)
     lab.host(FAR, UNDERLAY[1])
     lab.switch.put("settings", 0, MODEL.settings(tunnel=NOWHERE))
     frame = datagram(B, A, bytes(3500))
-    assert lab.switch.run("from_port", frame, device_of(lab, 1), gso_size=1000, gso_segs=4).verdict == REDIRECT
+    assert lab.switch.run("from_port", frame, device_of(lab, 1), gso_size=1000, gso_segs=segments).verdict == REDIRECT
     assert lab.counted(2, "redirected") == 4
+    lab.vlan(device_of(lab, 1), 100, 1)  # from outside nothing was parsed yet: what is no packet is one frame
+    malformed = ethernet(B, A, frames.IPV4, b"\x44" + bytes(2000), vlan=100)
+    assert lab.switch.run("from_uplink", malformed, device_of(lab, 1), gso_size=1000).verdict == REDIRECT
+    assert lab.counted(2, "redirected") == 5

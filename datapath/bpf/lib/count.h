@@ -13,6 +13,7 @@
 #include "event.h"
 #include "maps.h"
 #include "packet.h"
+#include "parse.h"
 
 static __always_inline __u32 port_flags(const struct port *port)
 {
@@ -36,12 +37,14 @@ static __always_inline void count_held(__u32 slot, int direction)
 		count->held[direction & 1]++;
 }
 
-/* Segments: the path between hosts may cut a GSO frame up, or join frames. */
-static __always_inline __u32 count_segments(const struct __sk_buff *skb)
+/* Segments: the path between hosts may cut a GSO frame up, or join frames. One from a tap has gso_segs 0 (parse.h). */
+static __noinline __u32 count_segments(struct __sk_buff *skb)
 {
-	__u32 segments = skb->gso_segs;
+	struct packet pkt = {};
 
-	return segments ? segments : 1;
+	if (skb->gso_segs || !skb->gso_size)
+		return skb->gso_segs ?: 1;
+	return parse(skb, &pkt, TO_GUEST) ? 1 : pkt.wire_packets;
 }
 
 static __always_inline void count_redirected(struct __sk_buff *skb, __u32 slot)
