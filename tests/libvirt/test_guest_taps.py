@@ -30,12 +30,13 @@ def flow(number):
 name, count = sys.argv[1], int(sys.argv[2])
 try:
     with GuestTap(name) as tap:
-        tap.drain()
         frames = [bytes(tun.VNET_HEADER) + flow(number) for number in range(count)]
-        put = tun.inject(socket.if_nametoindex(name), frames)
-        full = tap.readable(1000)
-        drained = tap.drain()
-        same = sorted(frame for frame in drained if frame in frames) == sorted(frames)  # the kernel says things, too
+        for _ in range(1 + tap.queues):  # QEMU itself takes one frame of each queue, for a guest that does not run
+            tap.drain()
+            put = tun.inject(socket.if_nametoindex(name), frames)
+            full = tap.readable(1000)
+            drained = [frame for frame in tap.drain() if frame in frames]  # the kernel says things, too
+        same = sorted(drained) == sorted(frames)
         print(json.dumps([tap.queues, tap.vhost, put, full, same, tap.readable()]))
 except FeatureMissing as error:
     print(json.dumps(str(error)))
