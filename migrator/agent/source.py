@@ -132,7 +132,7 @@ class SourceEnd(End):
             wait *= 2
         raise MigrationError(
             f"no frame of {size} bytes comes back from {host}",
-            hint="the underlay's MTU has to carry full-size frames with 50 bytes of VXLAN around them",
+            hint="the underlay must carry full-size frames with 50 bytes of VXLAN around them, over IPv6 70 and uncut",
         )
 
     async def _connect(self, _: words.Connect) -> None:
