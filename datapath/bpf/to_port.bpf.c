@@ -33,6 +33,8 @@ int to_port(struct __sk_buff *skb)
 		return TC_ACT_OK;
 	if (PORT_STATE(READ_ONCE(port->word)) != PORT_ACTIVE)
 		return drop_at(skb, port, TO_GUEST, DROP_NOT_ACTIVE);
+	if ((port_flags(port) & PORT_F_BRIDGED) && !mark_takes(skb, SKB_MARK_SENT))
+		return drop_at(skb, port, TO_GUEST, DROP_NOT_OURS);
 	reason = to_port_check(skb, port);
 	return reason ? drop_at(skb, port, TO_GUEST, reason) : TC_ACT_OK;
 }

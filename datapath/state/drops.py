@@ -48,6 +48,11 @@ REASONS: dict[int, Reason] = {
         (26, "mtu", "The frame is larger than the network or the path carries."),
         (27, "broadcast-path", "A broadcast that reaches the guest by the other path while the VM moves."),
         (28, "unknown-unicast", "No place is known for the destination and the network does not flood."),
+        (
+            29,
+            "not-ours",
+            "The host or its bridge put the frame into the port's device; the switch brings its own copy.",
+        ),
     )
 }
 

@@ -64,6 +64,7 @@ static __always_inline int gate_pass(struct __sk_buff *skb, struct port *port, _
 {
 	__u64 word = READ_ONCE(port->word);
 	__u32 judged = path & PATH_JUDGED;
+	int verdict;
 
 	if (!port->ifindex)
 		return drop_at(skb, port, TO_GUEST, DROP_NO_PLACE);
@@ -71,8 +72,14 @@ static __always_inline int gate_pass(struct __sk_buff *skb, struct port *port, _
 		return drop_at(skb, port, TO_GUEST, DROP_NOT_ACTIVE);
 	if ((PORT_FLAGS(word) & PORT_F_NO_BROADCAST) && (path & PATH_FLOOD))
 		return drop_at(skb, port, TO_GUEST, DROP_BROADCAST_PATH);
-	mark_set(skb, judged ? SKB_MARK_JUDGED : 0);
-	return send_to(skb, port->ifindex, path);
+	if (judged)
+		mark_set(skb, SKB_MARK_JUDGED);
+	else
+		mark_set(skb, PORT_FLAGS(word) & PORT_F_BRIDGED ? SKB_MARK_SENT : 0);
+	verdict = send_to(skb, port->ifindex, path);
+	if (path & PATH_CLONE)
+		mark_set(skb, 0); /* the copy has it: the frame goes on, perhaps to another device */
+	return verdict;
 }
 
 /*

@@ -42,6 +42,7 @@ enum port_flag {
 	PORT_F_NO_BROADCAST = 1 << 6,  /* just opened: broadcast still comes through the source */
 	PORT_F_TRUNK = 1 << 7,         /* frames with a tag belong to the network of `trunks` */
 	PORT_F_AWAITS_SOURCE = 1 << 8, /* moved here: what the source held goes first, what comes by itself waits */
+	PORT_F_BRIDGED = 1 << 9, /* its device is in a bridge of the host, which floods into it: only ours passes */
 };
 
 enum gate_target {
@@ -200,6 +201,8 @@ struct channel {        /* key: 24-bit id. A redirect that ends here */
 
 /* skb->mark while a judged frame goes from from_tunnel to to_port on one host; to_port clears it. */
 #define SKB_MARK_JUDGED 0x6d696772
+/* The same, while a frame that is yet to be judged goes to a device that others put frames into, too. */
+#define SKB_MARK_SENT 0x6d696773
 
 struct member {    /* flood list of a network: dense, ends at kind 0 */
 	__u8 kind; /* enum l2_kind */
@@ -354,6 +357,7 @@ enum drop_reason {
 	DROP_MTU = 26,
 	DROP_BROADCAST_PATH = 27, /* broadcast that comes by the other path during a move */
 	DROP_UNKNOWN_UNICAST = 28,
+	DROP_NOT_OURS = 29, /* not sent by the switch: a bridge or the host put it into the port's device */
 	DROP_REASONS = 32,
 };
 

@@ -32,7 +32,7 @@ _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
 _NLMSG_DONE = 3
 _NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
 _RTMGRP_LINK = 1
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU = 1, 3, 4
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER = 1, 3, 4, 10
 _NLA_TYPE_MASK = 0x3FFF
 _IFF_UP = 1
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr
@@ -50,6 +50,7 @@ class Link:
     mac: str  # "" if it has none
     mtu: int
     up: bool
+    master: int = 0  # ifindex of the bridge (or the like) that it is in
 
 
 def links() -> dict[str, Link]:
@@ -68,8 +69,8 @@ class Watch:
 
     `added` and `removed` are called from a thread of the watch: at first once for each device that is there, then for
     each change. A device that is renamed, or whose name returns with another ifindex, is removed and added; one that
-    changes its MAC, MTU or state is added again. If the kernel loses messages the watch compares all anew. What a
-    callback raises is logged, and the watch goes on.
+    changes its MAC, MTU, state or bridge is added again. If the kernel loses messages the watch compares all anew.
+    What a callback raises is logged, and the watch goes on.
     """
 
     def __init__(self, added: Callable[[Link], None], removed: Callable[[Link], None]) -> None:
@@ -249,4 +250,5 @@ def _parse(body: bytes) -> Link:
     name = attributes.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode()
     mac = attributes.get(_IFLA_ADDRESS, b"")
     mtu = int.from_bytes(attributes.get(_IFLA_MTU, b""), sys.byteorder)
-    return Link(ifindex, name, mac.hex(":") if len(mac) == 6 else "", mtu, bool(flags & _IFF_UP))
+    master = int.from_bytes(attributes.get(_IFLA_MASTER, b""), sys.byteorder)
+    return Link(ifindex, name, mac.hex(":") if len(mac) == 6 else "", mtu, bool(flags & _IFF_UP), master)

@@ -12,6 +12,7 @@ from datapath.drivers.ebpf.devices import Link
 from datapath.drivers.ebpf.instances import Instance, Instances
 from datapath.drivers.ebpf.kernel import Kernel
 from datapath.drivers.ebpf.layout import C
+from datapath.drivers.ebpf.words import Words
 from datapath.errors import KernelError
 from datapath.provider import Event
 
@@ -20,9 +21,15 @@ class Plugs:
     """Of several instances that name one device the newest has it: the guest of an older one runs elsewhere."""
 
     def __init__(
-        self, kernel: Kernel, attachments: Attachments, instances: Instances, tell: Callable[[Event], None]
+        self,
+        kernel: Kernel,
+        attachments: Attachments,
+        instances: Instances,
+        words: Words,
+        tell: Callable[[Event], None],
     ) -> None:
         self._kernel, self._attachments, self._instances, self._tell = kernel, attachments, instances, tell
+        self._words = words
         self._lock = threading.Lock()
 
     def plug(self, instance: Instance) -> None:
@@ -84,6 +91,7 @@ class Plugs:
             if before not in (0, link.ifindex):
                 self._disconnect(before)
             self._kernel.devices.set(link.ifindex, (instance.slot, C.DEVICE_PORT))
+            self._words.flag(instance.slot, **{"add" if link.master else "drop": C.PORT_F_BRIDGED})
             self._attachments.attach(link.ifindex, Direction.EGRESS, self._kernel.switch.program("to_port"))
             self._attachments.attach(link.ifindex, Direction.INGRESS, self._kernel.switch.program("from_port"))
             self._kernel.ports.view["ifindex"][instance.slot] = link.ifindex

@@ -84,7 +84,7 @@ class Running:
         kernel, options = self.kernel, self.options
         self.keeper = Keeper(options.state / "keeper.sock") if options.keeper else None
         self.holds = Holds(kernel, self.attachments, options.tap_prefix, self.keeper)
-        self.plugs = Plugs(kernel, self.attachments, self.instances, self.tell)
+        self.plugs = Plugs(kernel, self.attachments, self.instances, self.words, self.tell)
         self.staging = Staging(self)
         self.switchover = Switchover(kernel, self.words, self.fdb, self.places, self.hosts, self.holds, self.ledger)
         self.probe = PathProbe(self.underlay.address, options.tunnel_port, kernel.channels)
