@@ -139,7 +139,7 @@ def disturb(port: Probe, seed: int, end: float) -> int:
 
 
 @pytest.mark.parametrize("limit", [256, 16])
-def test_a_table_is_rebuilt_from_its_dirty_keys(ports: Ports, limit: int) -> None:
+def test_rule_a_table_is_rebuilt_from_its_dirty_keys(ports: Ports, limit: int) -> None:
     """Whatever packets, evictions, policies and sweeps did, draining keys and reading values gives the same table."""
     port = ports(BOTH, limit=limit)
     port.track()

@@ -60,7 +60,7 @@ def test_fragment_records_expire(ports: Ports) -> None:
     assert sweep(port, now=2 + limit).marked == 1
 
 
-def test_two_passes(ports: Ports) -> None:
+def test_rule_two_passes(ports: Ports) -> None:
     port = ports(BOTH)
     port.track()
     old, fresh = port.key(UDP, 1), port.key(UDP, 2)

@@ -92,7 +92,7 @@ def test_without_a_hold_tap_the_frame_is_dropped_and_counted(lab: Lab) -> None:
     assert held(lab) == (0, 0)
 
 
-def test_a_hold_is_bounded(lab: Lab) -> None:
+def test_rule_a_hold_is_bounded(lab: Lab) -> None:
     a, _ = two_ports(lab, gate=SHUT)
     tap = lab.tap(2, MODEL.DEVICE_HOLD_TO)
     lab.change_port(2, hold_to=tap.ifindex, held_to=MODEL.HOLD_FRAMES - 1)
@@ -114,7 +114,7 @@ def test_a_hold_tap_takes_as_many_as_the_bound(lab: Lab) -> None:
     assert len(read_all(tap, MODEL.HOLD_FRAMES)) == MODEL.HOLD_FRAMES
 
 
-def test_no_place_no_frame(lab: Lab) -> None:
+def test_rule_no_place_no_frame(lab: Lab) -> None:
     a, b = two_ports(lab, state=MODEL.PORT_STAGED, gate=MODEL.GATE_NONE)
     a.send(datagram(BROADCAST, A))
     a.send(datagram(OTHER, A))

@@ -155,7 +155,7 @@ def test_broadcast_of_a_source_that_is_late_has_come_already(lab: Lab, judged: i
 
 
 @pytest.mark.parametrize("wrong", ["unknown", "source", "epoch"])
-def test_a_redirect_that_is_not_the_ports_own_is_dropped(lab: Lab, wrong: str) -> None:
+def test_rule_a_redirect_that_is_not_the_ports_own_is_dropped(lab: Lab, wrong: str) -> None:
     outside, a = overlay(lab)
     if wrong != "unknown":
         channel(lab, 1, epoch=2 if wrong == "epoch" else 1, origin="192.0.2.9" if wrong == "source" else UNDERLAY[1])
@@ -165,7 +165,7 @@ def test_a_redirect_that_is_not_the_ports_own_is_dropped(lab: Lab, wrong: str) -
     assert a.waiting() == []
 
 
-def test_a_frame_is_redirected_twice_at_most(lab: Lab) -> None:
+def test_rule_a_frame_is_redirected_twice_at_most(lab: Lab) -> None:
     outside, _ = overlay(lab)
     redirected(lab, 2, B, epoch=4)
     channel(lab, 2, epoch=4)

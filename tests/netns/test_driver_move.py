@@ -170,7 +170,7 @@ def _resolve(one: Guest, other: Guest) -> None:
     one.run(add)
 
 
-def test_rollback_gives_held_frames_back_in_order(pair: list[Host]) -> None:
+def test_rule_rollback_gives_held_frames_back_in_order(pair: list[Host]) -> None:
     source, _ = pair
     vm = source.guest("10.0.0.1", NUMBERS)
     peer = source.guest("10.0.0.2")
@@ -203,7 +203,7 @@ def test_restart_under_traffic_loses_nothing(pair: list[Host]) -> None:
     assert got == list(range(stream.sent))
 
 
-def test_held_frames_survive_a_restart(pair: list[Host]) -> None:
+def test_rule_held_frames_survive_a_restart(pair: list[Host]) -> None:
     source, _ = pair
     vm = source.guest("10.0.0.1", NUMBERS)
     peer = source.guest("10.0.0.2")
@@ -247,7 +247,7 @@ def test_what_the_guest_sends_before_the_open_waits(pair: list[Host]) -> None:
     indirect=["pair"],
     ids=["ipv4", "ipv6"],
 )
-def test_probe_of_the_path(pair: list[Host], passing: tuple[int, ...], lost: tuple[int, ...]) -> None:
+def test_rule_probe_of_the_path(pair: list[Host], passing: tuple[int, ...], lost: tuple[int, ...]) -> None:
     """IPv4 cuts what is too large for the underlay's 1,600 bytes; IPv6 does not, and no redirected frame would pass."""
     source, target = pair
     vm = source.guest("10.0.0.1", network="vlan")

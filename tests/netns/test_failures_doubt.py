@@ -122,7 +122,7 @@ def doubt(world: World) -> Doubt:
     return Doubt(world)
 
 
-def test_the_operator_says_that_the_guest_is_at_the_source(doubt: Doubt) -> None:
+def test_rule_doubt_ends_by_the_operators_word_for_the_source(doubt: Doubt) -> None:
     """It goes on there at once; the destination that comes back must not open what it has committed."""
     doubt.show()
     doubt.vm.order("cancel")
@@ -134,7 +134,7 @@ def test_the_operator_says_that_the_guest_is_at_the_source(doubt: Doubt) -> None
     doubt.ends({"aborted"}, "h1", "h2")
 
 
-def test_the_operator_says_that_the_guest_is_at_the_destination(doubt: Doubt) -> None:
+def test_rule_doubt_ends_by_the_operators_word_for_the_destination(doubt: Doubt) -> None:
     """Its agent opens when it is back, and the source, which has kept everything, redirects."""
     doubt.show()
     doubt.vm.order("suspend")
@@ -145,7 +145,7 @@ def test_the_operator_says_that_the_guest_is_at_the_destination(doubt: Doubt) ->
     doubt.ends({"complete", "degraded"}, "h2", "h1")
 
 
-def test_a_destination_that_comes_back_resolves_it(doubt: Doubt) -> None:
+def test_rule_doubt_ends_when_the_destination_comes_back(doubt: Doubt) -> None:
     doubt.show()
     doubt.vm.order("suspend")
     doubt.vm.wait_for_place("h2")

@@ -19,7 +19,7 @@ NETWORKS = ("blue", "over")
 @pytest.mark.parametrize(
     "host", ["h1", "h2", "h3"], ids=["peer at the source", "peer at the destination", "third host"]
 )
-def test_numbered_streams(world: World, route: tuple[str, ...], network: str, host: str) -> None:
+def test_rule_the_agent_leads(world: World, route: tuple[str, ...], network: str, host: str) -> None:
     """The source agent leads: a datagram each way every millisecond, all of them, once, in order."""
     vm, peer = world.vm("h1", network), world.peer(host, network)
     streams = Streams(vm, peer)
@@ -31,7 +31,7 @@ def test_numbered_streams(world: World, route: tuple[str, ...], network: str, ho
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_guest_that_stops_by_itself(world: World, network: str) -> None:
+def test_rule_a_guest_that_stops_by_itself(world: World, network: str) -> None:
     """Following: only the frames that the hypervisor swallowed are missing, and the report says that some may be."""
     behaviour = {"memory_ms": 60_000, "self_stop_ms": 300, "swallow": True}
     vm, peer = world.vm("h1", network, behaviour=behaviour), world.peer("h3", network)

@@ -63,7 +63,7 @@ def assert_stays(taps: dict[str, list[int]], route: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_nothing_is_lost_when_the_redirect_ends(world: World, network: str) -> None:
+def test_rule_nothing_is_lost_when_the_redirect_ends(world: World, network: str) -> None:
     """A peer at the source reaches the VM through the redirect until that ends, and by its new place from then on."""
     vm, peer = world.vm("h1", network), world.peer("h1", network)
     streams = Streams(vm, peer)

@@ -54,7 +54,7 @@ def test_an_agent_restarts_while_memory_is_copied(tmp_path: Path, host: str) -> 
 
 
 @pytest.mark.parametrize("host", ["a", "b"])
-def test_an_agent_restarts_between_commit_and_resume(tmp_path: Path, host: str) -> None:
+def test_rule_an_agent_restarts_between_commit_and_resume(tmp_path: Path, host: str) -> None:
     async def scenario() -> None:
         async with world(tmp_path, "a", "b") as w:
             w.fill("a", 50)
@@ -159,7 +159,7 @@ def test_a_destination_that_cannot_load_gives_the_guest_back(tmp_path: Path) -> 
     asyncio.run(scenario())
 
 
-def test_more_changes_than_can_be_noted_begin_the_copy_again(tmp_path: Path) -> None:
+def test_rule_more_changes_than_can_be_noted_begin_the_copy_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with world(tmp_path, "a", "b") as w:
             w.fill("a", 50)
@@ -183,7 +183,7 @@ def test_more_changes_than_can_be_noted_begin_the_copy_again(tmp_path: Path) -> 
     asyncio.run(scenario())
 
 
-def test_frames_left_in_the_guests_queue_are_carried(tmp_path: Path) -> None:
+def test_rule_frames_left_in_the_guests_queue_are_carried(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with world(tmp_path, "a", "b") as w:
             ref = w.active("a")[0]
@@ -202,7 +202,7 @@ def test_frames_left_in_the_guests_queue_are_carried(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_frames_left_in_the_guests_queue_come_back_on_a_rollback(tmp_path: Path) -> None:
+def test_rule_frames_left_in_the_guests_queue_come_back_on_a_rollback(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with world(tmp_path, "a", "b") as w:
             ref = w.active("a")[0]

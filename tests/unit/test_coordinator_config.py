@@ -48,7 +48,7 @@ def test_order_has_rules_resolved_and_an_epoch(store: Store) -> None:
     assert order.rules[0].id == 1
 
 
-def test_rule_whose_sets_are_empty_matches_nothing_and_not_everything(store: Store) -> None:
+def test_an_acl_rule_whose_sets_are_empty_matches_nothing_and_not_everything(store: Store) -> None:
     apply(store, configuration())
     apply(store, pb.Config(address_sets=[pb.AddressSet(name="office")]))
     assert not store.catalog.order(store.catalog.ports_of(VM)[0]).rules
@@ -82,7 +82,7 @@ def test_unchanged_rules_keep_their_ids(store: Store) -> None:
     assert [rule.id for rule in store.catalog.policies["p"].rules] == [3, 1, 4]  # 2 is never used again
 
 
-def test_rule_id_of_another_policy_is_refused(store: Store) -> None:
+def test_the_id_of_another_policys_rule_is_refused(store: Store) -> None:
     rule = pb.Rule(direction="to", protocol="any", action="allow")
     apply(store, pb.Config(policies=[pb.Policy(name="p", rules=[rule])]))
     rule.id = 1
@@ -90,7 +90,7 @@ def test_rule_id_of_another_policy_is_refused(store: Store) -> None:
         plan(store, pb.Config(policies=[pb.Policy(name="q", rules=[rule])]))
 
 
-def test_epochs_of_a_vm_never_repeat(store: Store) -> None:
+def test_rule_epochs_of_a_vm_never_repeat(store: Store) -> None:
     apply(store, configuration())
     planned = plan_removal(store.catalog, "port", f"{VM}/{MAC}", NOBODY)
     store.commit(Batch(planned.writes))

@@ -95,7 +95,7 @@ def test_a_deadline_of_another_phase_is_stale() -> None:
 
 
 @pytest.mark.parametrize("phase", [*aw.STOPPING - {aw.Phase.SUSPENDING}, *aw.UNSURE])
-def test_a_guest_that_runs_at_the_source_makes_it_active_without_asking(phase: aw.Phase) -> None:
+def test_rule_a_guest_that_runs_at_the_source_makes_it_active_without_asking(phase: aw.Phase) -> None:
     state, actions = a.step(a.State(phase=phase, guest=Guest.PAUSED, final=True), aw.GuestResumed())
     assert state.phase is aw.Phase.ABORTED
     assert actions[0] == aw.Resume()
@@ -120,7 +120,7 @@ def test_the_destination_opens_what_is_committed_when_its_guest_runs() -> None:
     assert (state.phase, actions) == (bw.Phase.OPENING, (bw.Open(degraded=False),))
 
 
-def test_the_destination_waits_a_moment_for_the_last_changes() -> None:
+def test_rule_the_destination_waits_a_moment_for_the_last_changes() -> None:
     state, actions = b.step(b.State(phase=bw.Phase.LOADING), bw.GuestRunning())
     assert (state.phase, actions) == (bw.Phase.WAITING, ())
     late, actions = b.step(state, bw.Timeout(bw.Phase.WAITING))
@@ -147,7 +147,7 @@ def test_the_destination_never_aborts_under_a_running_guest(phase: bw.Phase) -> 
         assert bw.Purge() not in actions
 
 
-def test_asking_fences_a_destination_that_has_not_committed() -> None:
+def test_rule_asking_fences_a_destination_that_has_not_committed() -> None:
     state, actions = b.step(b.State(phase=bw.Phase.LOADING), bw.Asked())
     assert (state.phase, actions) == (bw.Phase.FENCED, (bw.Answer(),))
     assert b.step(state, bw.FinalReceived()) == (state, ())
@@ -160,7 +160,7 @@ def test_an_answer_waits_for_the_commit_that_is_under_way() -> None:
     assert bw.Answer() in actions
 
 
-def test_final_is_never_sent_before_it_is_authorised() -> None:
+def test_rule_final_is_never_sent_before_it_is_authorised() -> None:
     for state in states(a, aw.Phase):
         for event in events(a, aw.Phase):
             after, actions = a.step(state, event)

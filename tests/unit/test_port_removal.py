@@ -76,7 +76,7 @@ def test_an_agent_that_refuses_is_asked_again(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_an_agent_that_was_away_is_told_when_it_comes(tmp_path: Path, restart: bool) -> None:
+def test_rule_an_agent_that_was_away_is_told_when_it_comes(tmp_path: Path, restart: bool) -> None:
     async def scenario() -> None:
         async with Bench(tmp_path) as bench:
             a, b = await bench.two_hosts()

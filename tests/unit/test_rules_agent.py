@@ -130,7 +130,7 @@ def test_a_full_disk_does_not_keep_the_guest_waiting(tmp_path: Path) -> None:
     run(scenario, tmp_path, "a", "b")
 
 
-def test_what_is_not_journalled_is_not_promised(tmp_path: Path) -> None:
+def test_rule_what_is_not_journalled_is_not_promised(tmp_path: Path) -> None:
     """A source that cannot write down that the destination may commit does not let it."""
 
     async def scenario(w: World) -> None:
@@ -153,7 +153,7 @@ def test_what_is_not_journalled_is_not_promised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_one_port_that_fails_leaves_the_others_no_worse(tmp_path: Path, number: int) -> None:
+def test_rule_one_port_that_fails_leaves_the_others_no_worse(tmp_path: Path, number: int) -> None:
     async def scenario(w: World) -> None:
         w.hypervisor.fail = True
         refs = w.active("a")
@@ -165,7 +165,7 @@ def test_one_port_that_fails_leaves_the_others_no_worse(tmp_path: Path, number: 
     run(scenario, tmp_path, "a", "b")
 
 
-def test_one_port_that_cannot_redirect_leaves_the_others(tmp_path: Path) -> None:
+def test_rule_one_port_that_cannot_redirect_leaves_the_others(tmp_path: Path) -> None:
     async def scenario(w: World) -> None:
         first, second = w.active("a")
         failing_once(w.driver("a"), "redirect", first)
@@ -177,7 +177,7 @@ def test_one_port_that_cannot_redirect_leaves_the_others(tmp_path: Path) -> None
     run(scenario, tmp_path, "a", "b", redirect_idle_s=60.0)
 
 
-def test_one_port_that_opens_late_leaves_the_others(tmp_path: Path) -> None:
+def test_rule_one_port_that_opens_late_leaves_the_others(tmp_path: Path) -> None:
     async def scenario(w: World) -> None:
         await w.migrate("b")
         driver: Any = w.driver("b")
@@ -316,7 +316,7 @@ def test_an_agent_comes_back_after_its_greeting_failed(tmp_path: Path) -> None:
 # ---- the destination ----
 
 
-def test_what_the_source_sends_too_late_is_not_counted_against_it(tmp_path: Path) -> None:
+def test_rule_what_the_source_sends_too_late_is_not_counted_against_it(tmp_path: Path) -> None:
     """The guest ran first and its ports opened without the last changes: accounting and broadcast follow still."""
 
     async def scenario(w: World) -> None:
@@ -345,7 +345,7 @@ def test_what_the_source_sends_too_late_is_not_counted_against_it(tmp_path: Path
 
 
 @pytest.mark.parametrize("times", [0, 2], ids=["lost", "doubled"])
-def test_a_section_that_is_lost_or_doubled_is_noticed_before_the_commit(
+def test_rule_a_section_that_is_lost_or_doubled_is_noticed_before_the_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     async def scenario(w: World) -> None:
@@ -368,7 +368,7 @@ def test_a_section_that_is_lost_or_doubled_is_noticed_before_the_commit(
     run(scenario, tmp_path, "a", "b")
 
 
-def test_a_load_that_breaks_ends_the_migration(tmp_path: Path) -> None:
+def test_rule_a_load_that_breaks_ends_the_migration(tmp_path: Path) -> None:
     async def scenario(w: World) -> None:
         w.fill("a", 50)
         driver: Any = w.driver("b")
@@ -441,7 +441,7 @@ def test_a_restarted_copy_keeps_a_change_of_the_configuration(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("wrong", ["epoch", "token", "migration"])
-def test_a_stream_that_is_not_the_agreed_one_is_refused(tmp_path: Path, wrong: str) -> None:
+def test_rule_a_stream_that_is_not_the_agreed_one_is_refused(tmp_path: Path, wrong: str) -> None:
     async def scenario(w: World) -> None:
         w.hypervisor.converged = False
         migration = await w.migrate("b")
@@ -516,7 +516,7 @@ def test_an_order_for_an_instance_that_has_ended_makes_none(tmp_path: Path) -> N
 # ---- places ----
 
 
-def test_a_place_that_cannot_be_set_is_tried_again_and_keeps_no_other_back(tmp_path: Path) -> None:
+def test_rule_a_place_that_cannot_be_set_is_tried_again_and_keeps_no_other_back(tmp_path: Path) -> None:
     async def scenario(w: World) -> None:
         driver: Any = w.driver("a")
         setting = driver.set_place

@@ -40,7 +40,7 @@ def watched(w: World, came: Callable[[int], int]) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["all come", "one is lost"])
-def test_the_frames_of_the_source_come_first(tmp_path: Path, lost: bool) -> None:
+def test_rule_the_frames_of_the_source_come_first(tmp_path: Path, lost: bool) -> None:
     async def scenario() -> list[tuple[int, float]]:
         async with world(tmp_path, "a", "b") as w:
             released = watched(w, lambda asked: min(asked, SENT - 1) if lost else asked)

@@ -82,7 +82,7 @@ def test_an_agent_that_does_not_answer_leaves_it_to_the_operator(tmp_path: Path)
     asyncio.run(scenario())
 
 
-def test_a_guest_that_is_nowhere_twice_is_gone(tmp_path: Path) -> None:
+def test_rule_a_guest_that_is_nowhere_twice_is_gone(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with Bench(tmp_path, switchover_s=0.1) as bench:
             a, b = await bench.two_hosts()
