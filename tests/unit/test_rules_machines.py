@@ -58,7 +58,9 @@ def test_nothing_is_committed_but_by_a_destination_that_loads(phase: bw.Phase) -
     assert bw.Commit() not in actions
 
 
-def test_rule_a_rule_that_was_withdrawn_on_the_way_stays_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rule_a_rule_that_was_withdrawn_on_the_way_stays_withdrawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The source's rules may come after the coordinator's newer ones: the destination ends with the newest."""
 
     async def scenario() -> None:
