@@ -52,6 +52,12 @@ def test_a_port_has_all_that_the_metadata_says() -> None:
     assert (found.lead.lead, found.lead.downtime_ms, found.lead.max_passes) == (False, 250, 3)
 
 
+def test_elements_within_may_have_no_namespace() -> None:
+    """As `virsh metadata --set` leaves them."""
+    text = domain(FULL).replace("<p:", "<").replace("</p:", "</").replace("<ports xmlns:p", "<p:ports xmlns:p")
+    assert parse(text.replace("</ports>", "</p:ports>")).ports == parse(domain(FULL)).ports
+
+
 def test_a_domain_without_our_metadata_is_not_looked_at() -> None:
     found = parse(domain(None, interface("hostdev"), "<interface/>"))
     assert not found.ours and not found.ports and not found.refused

@@ -277,6 +277,21 @@ def test_a_save_is_kept_once_and_comes_back(tmp_path: Path, first: str) -> None:
     scenario(tmp_path, test)
 
 
+def test_the_hook_may_come_before_the_event(tmp_path: Path) -> None:
+    """Of a restore libvirt tells when the guest goes on, after the hook."""
+
+    async def test(host: Host, inventory: Inventory) -> None:
+        domain = parse(xml(MAC))
+        await inventory.starting(domain)
+        await inventory.restoring(domain)
+        await inventory.started(domain)
+        inventory.hear("", "up")
+        await asyncio.sleep(0.05)
+        assert host.ports and "withdraw" not in host.calls
+
+    scenario(tmp_path, test)
+
+
 def test_without_a_hook_the_event_brings_it_back(tmp_path: Path) -> None:
     async def test(host: Host, inventory: Inventory) -> None:
         await boot(host, inventory, MAC, hook=False)

@@ -138,8 +138,7 @@ class Inventory:
         return warnings
 
     async def started(self, domain: Domain) -> None:
-        """Its guest runs."""
-        self._vm(domain.uuid).begins = False
+        """Its guest runs, or is about to: libvirt's event may come before this or after it."""
         await self._settle(domain.uuid, "started")
 
     async def stopped(self, domain: Domain) -> None:
@@ -225,7 +224,7 @@ class Inventory:
         async with self._vm(vm).lock:
             if self._comes(vm):
                 return
-            self._vm(vm).kept = self._vm(vm).gone = False
+            self._vm(vm).begins = self._vm(vm).kept = self._vm(vm).gone = False
             xml = await self._domains.xml(vm)
             domain = parse(xml) if xml else None
             if domain is None:

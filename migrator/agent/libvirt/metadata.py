@@ -8,6 +8,8 @@
       </port>
     </ports>
 
+Elements within may be in no namespace: `virsh metadata --set` gives the outermost one ours, and no other.
+
 Names that are not known are refused: a misspelt attribute must not leave a port without its policy. Values are checked
 by the same model as an operator's (`migrator.config.Port`).
 """
@@ -152,7 +154,7 @@ def _known(where: str, element: Element, attributes: tuple[str, ...], children: 
             raise ConfigInvalid(f"{where}: attribute {name!r} is not known in the metadata", hint=f"known: {known}")
     for child in element:
         namespace, _, tag = str(child.tag).rpartition("}")
-        if namespace != f"{{{NAMESPACE}" or tag not in children:
+        if namespace not in (f"{{{NAMESPACE}", "") or tag not in children:
             known = ", ".join(f"<{name}>" for name in children) or "none"
             raise ConfigInvalid(f"{where}: <{tag}> is not known in the metadata", hint=f"known: {known}")
 
