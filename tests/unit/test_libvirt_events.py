@@ -389,6 +389,13 @@ def test_the_moment_is_when_what_is_left_fits(aim: Aim, changed: dict[str, int],
     assert memory.remaining(aim, memory.measures({**STATS, **changed})).converged is converged
 
 
+def test_a_pass_that_qemu_tells_of_counts_for_the_limit_alone() -> None:
+    first = memory.measures({**STATS, "memory_iteration": 1, "memory_remaining": 0})
+    assert not memory.remaining(Aim(), first, passes=2).converged, "what was left of the first pass says nothing"
+    assert memory.remaining(Aim(max_passes=2), first, passes=2).converged
+    assert memory.remaining(Aim(max_passes=1), {}, passes=1).memory == {"passes": 1, "wanted_ms": 300}
+
+
 def test_the_report_has_what_was_measured() -> None:
     left = memory.remaining(Aim(downtime_ms=200), memory.measures(STATS))
     assert left.bytes == 30_000_000

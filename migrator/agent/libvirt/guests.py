@@ -15,16 +15,17 @@ from typing import Any, TypeVar
 import structlog
 
 from migrator.agent.guests.word import GuestEvent, GuestFailed, Remaining
-from migrator.agent.libvirt import memory, moving
+from migrator.agent.libvirt import lockdriver, memory, moving
 from migrator.agent.libvirt.connection import Connection, Libvirt
 from migrator.agent.libvirt.domains import Happenings
 from migrator.agent.libvirt.events import Move
 from migrator.agent.libvirt.hearing import Found, Hearing
+from migrator.agent.libvirt.locking import Marks, guard
 from migrator.agent.libvirt.memory import Aim
 from migrator.agent.libvirt.options import LibvirtOptions
 from migrator.agent.libvirt.service import Service
 from migrator.agent.side import AgentSide
-from migrator.lifecycle.machine import Guest
+from migrator.lifecycle.machine import Guest, Role
 
 T = TypeVar("T")
 
@@ -42,7 +43,9 @@ class _Leaving:
     tuned: moving.Tuned
     cancelled: bool = False
     measures: Mapping[str, float] = field(default_factory=dict)
-    asked: float = 0.0  # when they were
+    error: GuestFailed | None = None  # why there are none
+    asked: float = 0.0  # when the answer came
+    asking: asyncio.Task[None] | None = None
     watch: asyncio.Task[None] | None = None
 
 
@@ -51,6 +54,7 @@ class LibvirtGuests:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = LibvirtOptions.of(options)
+        self.marks = Marks(self.options.hook_socket.parent / "strict")
         self._on_event: Callable[[GuestEvent], None] = lambda _: None
         self._hearing = Hearing(self._say, self._look_where)
         self.connection = Connection(self.options.uri, opened=self._hearing.listen, up=self._up, down=self._down)
@@ -167,24 +171,31 @@ class LibvirtGuests:
         aim, track = self._aim(vm, downtime_ms), self._hearing.track(vm)
         if track.guest is Guest.PAUSED:
             return Remaining(0, converged=True)  # it cannot be stopped any more than it is
-        if 0 < aim.max_passes <= track.passes and aim.lead:
-            return memory.remaining(aim, {"passes": float(track.passes)})
-        return memory.remaining(aim, await self._measures(vm))
+        known = self._leaving.get(vm)
+        if known is None:
+            return memory.remaining(aim, await self._measures(vm))
+        if known.asking is None and time.monotonic() >= known.asked + MEASURE_S:
+            known.asking = self._go(self._ask(vm, known))
+        if known.error is not None:
+            raise known.error
+        # QEMU's word of a pass is not kept waiting by a question that libvirt is slow to answer.
+        return memory.remaining(aim, known.measures, passes=track.passes)
 
     def _aim(self, vm: str, order_ms: int) -> Aim:
         known = self._leaving.get(vm)
         tuned = moving.Tuned() if known is None else known.tuned
         return tuned.aim(self.options.aim, order_ms)
 
+    async def _ask(self, vm: str, known: _Leaving) -> None:
+        """What QEMU counts; each question costs its main loop some time."""
+        try:
+            known.measures, known.error = await self._measures(vm), None
+        except GuestFailed as error:
+            known.error = error
+        known.asking, known.asked = None, time.monotonic()
+
     async def _measures(self, vm: str) -> Mapping[str, float]:
-        """What QEMU counts, asked anew when it is too old: each question costs QEMU's main loop some time."""
-        known = self._leaving.get(vm)
-        if known is not None and time.monotonic() < known.asked + MEASURE_S:
-            return known.measures
-        found = memory.measures(await self._domain(vm, lambda domain: domain.jobStats()))
-        if known is not None:
-            known.measures, known.asked = found, time.monotonic()
-        return found
+        return await self._domain(vm, lambda domain: memory.measures(domain.jobStats()))
 
     async def suspend(self, vm: str) -> None:
         if self._hearing.track(vm).guest is Guest.PAUSED:
@@ -218,6 +229,16 @@ class LibvirtGuests:
 
     def committed(self, vm: str) -> None:
         del vm  # its hypervisor says when it runs here
+
+    async def guard(self, vm: str, role: Role, migration: str) -> str:
+        return await asyncio.to_thread(guard, self.marks, vm, role, migration, lockdriver.missing)
+
+    def unguard(self, vm: str, role: Role, migration: str) -> None:
+        self.marks.take(vm, role, migration)
+
+    def stopped(self, vm: str) -> None:
+        """libvirtd has stopped its vCPUs and waits for us: what QEMU's event says a moment later is said now."""
+        self._hearing.stopped(vm)
 
     # ---- calls ----
 

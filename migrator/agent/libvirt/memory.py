@@ -81,9 +81,13 @@ def measures(stats: Mapping[str, Any], *, complete: bool = False) -> dict[str, f
     return found
 
 
-def remaining(aim: Aim, memory: Mapping[str, float]) -> Remaining:
-    """How much is left by these measures, and whether the guest may be stopped for it."""
-    left, passes = memory.get("remaining", 0.0), memory.get("passes", 0.0)
-    fits = passes >= TELLING_PASS and left <= memory.get("bps", 0.0) * aim.downtime_ms / 1e3
-    enough = 0 < aim.max_passes <= passes
-    return Remaining(int(left), aim.lead and (fits or enough), {**memory, "wanted_ms": float(aim.downtime_ms)})
+def remaining(aim: Aim, memory: Mapping[str, float], *, passes: int = 0) -> Remaining:
+    """How much is left by these measures, and whether the guest may be stopped for it.
+
+    `passes`: as QEMU has told since. What was left before a pass says nothing of it, so it counts for the limit only.
+    """
+    left, counted = memory.get("remaining", 0.0), memory.get("passes", 0.0)
+    fits = counted >= TELLING_PASS and left <= memory.get("bps", 0.0) * aim.downtime_ms / 1e3
+    enough = 0 < aim.max_passes <= max(counted, passes)
+    shown = {**memory, "passes": max(counted, float(passes)), "wanted_ms": float(aim.downtime_ms)}
+    return Remaining(int(left), aim.lead and (fits or enough), shown)
