@@ -9,7 +9,7 @@ from pathlib import Path
 
 from migrator.lab import netns, tap
 
-QUEUE = 16384  # frames that wait in the guest's own tap while it stands still
+QUEUE = 16384  # frames that wait in a tap while the guest stands still, or this process has no CPU
 BATCH = 64
 
 
@@ -46,7 +46,7 @@ class Nic:
         device = self.devices[host]
         self.host[host] = tap.open_tap(namespace, device)
         tap.quiet(namespace, device)
-        netns.ip_batch(namespace.name, [f"link set {device} mtu {self.mtu} up"])
+        netns.ip_batch(namespace.name, [f"link set {device} txqueuelen {QUEUE} mtu {self.mtu} up"])
 
     def vanish(self, host: str) -> None:
         """Close the host's end; the device goes with its last descriptor."""
