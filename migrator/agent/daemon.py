@@ -32,7 +32,7 @@ from migrator.agent.stream import SERVER_OPTIONS
 from migrator.agent.traces import Traces
 from migrator.errors import ConfigInvalid, PreflightFailed, error_name
 from migrator.lifecycle import source_words as leaving
-from migrator.lifecycle.machine import Guest
+from migrator.lifecycle.machine import Guest, Role
 
 VERSION = version("vm-netstate-migrator")
 REDIRECT_POLL_S = 1.0
@@ -295,9 +295,11 @@ class Agent:
         def answer(why: str) -> None:
             self._reply(request, *(("PreflightFailed", why) if why else ()))
 
+        await self.ends.guard(order, Role.DESTINATION)
         self.ends.prepare(order, answer)
 
     async def _start(self, request: int, order: pb.StartSource) -> None:
+        await self.ends.guard(order, Role.SOURCE)
         self.ends.start(order)
         self._reply(request)
 

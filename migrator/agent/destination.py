@@ -205,6 +205,7 @@ class DestinationEnd(End):
         self.guests.committed(self.vm)
 
     def _commit_all(self) -> None:
+        self.guests.unguard(self.vm, self.role, self.report.id)
         for ref in self.refs:
             self.driver.commit(ref)
 
@@ -295,6 +296,7 @@ class DestinationEnd(End):
 
     def _purge_all(self) -> None:
         each(self.refs, self.driver.purge)
+        self.guests.unguard(self.vm, self.role, self.report.id)
 
     async def _answer_source(self, _: words.Answer) -> None:
         asking, self._asking = self._asking, []

@@ -106,6 +106,7 @@ class End(abc.ABC):
         self._actions: asyncio.Queue[Action] = asyncio.Queue()
         self._beside: dict[str, asyncio.Task[None]] = {}
         self._deadline: asyncio.TimerHandle | None = None
+        self._news = asyncio.Event()
         self._runner = asyncio.create_task(self._run())
 
     # ---- to be said by each end ----
@@ -172,6 +173,20 @@ class End(abc.ABC):
             reach(self.role, self.state.phase)
         for action in actions:
             self._actions.put_nowait(action)
+        self.tell_waiters()
+
+    async def until(self, reached: Callable[[], bool], seconds: float) -> bool:
+        """Wait until something is so that depends on this end; is it, at the latest after `seconds`?"""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not reached():
+                    await self._news.wait()
+        return reached()
+
+    def tell_waiters(self) -> None:
+        """What `until` waits for may be so now."""
+        self._news.set()
+        self._news = asyncio.Event()
 
     def _binding(self, before: Any) -> bool:  # noqa: ARG002
         """Must the step from `before` not be taken unless it is stored? Any other is: the guest waits for no disk."""

@@ -18,7 +18,7 @@ from migrator.agent.destination import DestinationEnd
 from migrator.agent.end import End, Surroundings
 from migrator.agent.guests import GuestEvent, whereabouts
 from migrator.agent.source import SourceEnd
-from migrator.errors import AlreadyMigrating, Corrupt, MigrationNotFound
+from migrator.errors import AlreadyMigrating, Corrupt, MigrationNotFound, PreflightFailed
 from migrator.lifecycle import destination as destination_machine
 from migrator.lifecycle import destination_words as arriving
 from migrator.lifecycle import source as source_machine
@@ -97,6 +97,15 @@ class Ends:
         for end in self.of(vm):
             if isinstance(end, SourceEnd) and end.state.phase not in leaving.LEFT:
                 raise AlreadyMigrating(f"VM {vm} is being moved by migration {end.report.id}")
+
+    async def guard(self, order: pb.PrepareDestination | pb.StartSource, role: Role) -> None:
+        """Have the hypervisor wait for our word if the order is strict. Raises PreflightFailed when it cannot."""
+        why = await self._around.guests.guard(order.vm, role, order.migration) if order.strict else ""
+        if why:
+            raise PreflightFailed(
+                f"VM {order.vm} cannot be moved strictly: {why}",
+                hint=f"on {self._around.host}: `migrator libvirt install --strict`, then restart libvirtd",
+            )
 
     def prepare(self, order: pb.PrepareDestination, answer: Callable[[str], None]) -> None:
         """Stage the VM's ports; `answer` is called once with why they cannot be, or "". Raises Corrupt."""
@@ -215,6 +224,7 @@ class Ends:
         await end.call(end.ports.recall)
         # A guest without a hypervisor runs here unless the destination may have been told to commit.
         said = self._around.guests.state(end.vm)
+        await self._guard_again(end)
         end.begin(())
         end.post(leaving.Restarted(said or (Guest.PAUSED if state.final else Guest.RUNNING)))
         return end
@@ -225,9 +235,12 @@ class Ends:
         order = pb.PrepareDestination.FromString(bytes.fromhex(saved["order"]))
         end = DestinationEnd(self._around, order, state, lambda _: None)
         statuses = {status.ref: status for status in await end.call(self._around.driver.ports)}
+        await self._guard_again(end)
         here = {ref: statuses[ref].record for ref in end.refs if ref in statuses}
         end.arrival.revisions.update({ref: int(record.get("revision", 0)) for ref, record in here.items()})
         committed = all(ref in statuses and statuses[ref].committed for ref in end.refs)
+        if committed:
+            self._unguard(end)
         opened = any(ref in statuses and statuses[ref].state is PortState.ACTIVE for ref in end.refs)
         said = self._around.guests.state(end.vm)
         if said is None and committed and not opened:
@@ -237,8 +250,16 @@ class Ends:
         end.post(arriving.Restarted(guest=opened or said is Guest.RUNNING, committed=committed))
         return end
 
+    async def _guard_again(self, end: SourceEnd | DestinationEnd) -> None:
+        if end.order.strict and not end.over:
+            await self._around.guests.guard(end.vm, end.role, end.report.id)
+
+    def _unguard(self, end: End) -> None:
+        self._around.guests.unguard(end.vm, end.role, end.report.id)
+
     def ended(self, end: End) -> None:
         """Forget an end that is over."""
+        self._unguard(end)
         self._ends.pop((end.report.id, end.role), None)
         if isinstance(end, DestinationEnd):
             self._past[end.report.id] = end.move_state()

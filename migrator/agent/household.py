@@ -19,12 +19,20 @@ from datapath.errors import Error, NotReady
 from datapath.provider import PortState
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
+from migrator.agent import transaction
 from migrator.agent.destination import DestinationEnd
 from migrator.agent.local import checkpoint_of, port_status, refs_of, restore_of
 from migrator.agent.source import SourceEnd
 from migrator.agent.stream import CHANNEL_OPTIONS
 from migrator.coordinator.rpc import received
-from migrator.errors import AlreadyMigrating, Corrupt, IllegalTransition, JournalFailed, MigrationNotFound, PeerLost
+from migrator.errors import (
+    AlreadyMigrating,
+    Corrupt,
+    IllegalTransition,
+    JournalFailed,
+    MigrationNotFound,
+    PreflightFailed,
+)
 from migrator.snapshot import SnapshotReader
 
 if TYPE_CHECKING:
@@ -138,15 +146,17 @@ class Household:
 
     # ---- migrations ----
 
-    async def bring(self, vm: str) -> AsyncIterator[pb.Migration]:
+    async def bring(self, vm: str, *, strict: bool = False) -> AsyncIterator[pb.Migration]:
         """See AgentSide."""
-        in_hand = next((end.report.id for end in self._agent.ends.of(vm) if isinstance(end, DestinationEnd)), "")
-        if in_hand and self.arriving(vm):
-            async for report in self._stream("Follow", pb.MigrationRef(id=in_hand)):
+        in_hand = next((end for end in self._agent.ends.of(vm) if isinstance(end, DestinationEnd)), None)
+        if in_hand is not None and self.arriving(vm):
+            if strict and not in_hand.order.strict:
+                raise PreflightFailed(f"VM {vm} is to be moved strictly only", hint="`migrator migrate --strict`")
+            async for report in self._stream("Follow", pb.MigrationRef(id=in_hand.report.id)):
                 yield report
             return
         try:
-            request = pb.MigrateRequest(vm=vm, to=self.host, ordered_elsewhere=True)
+            request = pb.MigrateRequest(vm=vm, to=self.host, ordered_elsewhere=True, strict=strict)
             async for report in self._stream("Migrate", request):
                 yield report
         except AlreadyMigrating:
@@ -179,6 +189,14 @@ class Household:
 
     def _phase(self, vm: str, kind: type[DestinationEnd | SourceEnd]) -> str:
         ends = (end for end in self._agent.ends.of(vm) if isinstance(end, kind) and not end.over)
+    async def left(self, vm: str, seconds: float) -> bool:
+        """See AgentSide."""
+        return await transaction.left(self._agent.ends, vm, seconds)
+
+    async def may_start(self, vm: str, seconds: float) -> str:
+        """See AgentSide."""
+        return await transaction.may_start(self._agent.ends, vm, seconds)
+
         return next((str(end.state.phase) for end in ends), "")
 
     # ---- state ----

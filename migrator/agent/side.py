@@ -33,10 +33,11 @@ class AgentSide(Protocol):
     async def withdraw(self, vm: str) -> None:
         """The VM is no more here: its ports and their state go. Nothing when it has moved on. Raises PeerLost."""
 
-    def bring(self, vm: str) -> AsyncIterator[pb.Migration]:
+    def bring(self, vm: str, *, strict: bool = False) -> AsyncIterator[pb.Migration]:
         """Have the state of a VM follow a move to this host that the hypervisor makes: the migration's reports.
 
-        Joins the migration when it is in hand already. Raises what MigrateRequest does: PreflightFailed with reasons.
+        Joins the migration when it is in hand already, but not one that is less strict than asked. Raises what
+        MigrateRequest does: PreflightFailed with reasons.
         """
 
     async def call_off(self, vm: str, reason: str) -> None:
@@ -50,6 +51,20 @@ class AgentSide(Protocol):
 
     def leaving(self, vm: str) -> str:
         """How far a migration of the VM from this host is: the source's phase, "" when there is none."""
+
+    async def left(self, vm: str, seconds: float) -> bool:
+        """The hypervisor has stopped a VM, which was told, and waits: True when it may go on.
+
+        That is when the destination of its strict migration has committed, or the migration was given up; at once when
+        there is none.
+        """
+
+    async def may_start(self, vm: str, seconds: float) -> str:
+        """The hypervisor is about to start a VM here, and waits: why it must not, "" when it may.
+
+        At the destination of a strict migration that is when all of its state is committed; at the source the ports
+        are active when this returns, at the latest after `seconds`. At once when there is no such migration.
+        """
 
     def statuses(self) -> AsyncIterator[pb.PortStatus]:
         """All port instances of this host's switch."""

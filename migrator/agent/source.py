@@ -370,6 +370,7 @@ class SourceEnd(End):
         self.rounds.halt()
         began = time.monotonic()
         await self._resume_ports()
+        self.tell_waiters()
         self.report.lasted("resume", began)
         QUIET.end(self.name)
         await self.rounds.halted()

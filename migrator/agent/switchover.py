@@ -109,6 +109,11 @@ class Ports:
                 self._driver.hold(ref)
                 self._held.add(ref)
 
+    @property
+    def free(self) -> bool:
+        """Nothing is held and no port quiesced."""
+        return not (self._held or self._quiesced)
+
     def idle(self) -> bool | None:
         """Has the guest taken everything from all of its queues? None: it cannot be known."""
         found = [self._driver.idle(ref) for ref in self._refs]

@@ -25,7 +25,7 @@ from migrator.agent.side import AgentSide
 from migrator.coordinator.cluster import Cluster
 from migrator.coordinator.service import serve
 from migrator.coordinator.sqlite import SqliteJournal
-from migrator.lifecycle.machine import Guest
+from migrator.lifecycle.machine import Guest, Role
 
 VM = "6f0c4d2e-7a55-4c0e-9d5e-3f2b8a1c0d01"
 MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
@@ -88,6 +88,8 @@ class Side:
         self.on_event: Callable[[GuestEvent], None] = lambda _: None
 
     async def start(self, on_event: Callable[[GuestEvent], None]) -> None:
+        self.guards = True  # starts a guarded VM only with the agent's word
+        self.guarded: set[tuple[Role, str]] = set()
         self.on_event = on_event
 
     async def stop(self) -> None:
@@ -143,6 +145,13 @@ class Side:
 
     async def attach(self, side: AgentSide) -> None:
         assert side.host == self.host
+
+    async def guard(self, vm: str, role: Role, migration: str) -> str:
+        self.guarded.add((role, migration))
+        return "" if self.guards else "it has no lock driver"
+
+    def unguard(self, vm: str, role: Role, migration: str) -> None:
+        self.guarded.discard((role, migration))
 
 
 @dataclass

@@ -47,8 +47,9 @@ class Side:
         self.phase = ""
         self.go_on = asyncio.Event()
 
-    async def bring(self, vm: str) -> AsyncIterator[pb.Migration]:
+    async def bring(self, vm: str, *, strict: bool = False) -> AsyncIterator[pb.Migration]:
         assert vm == VM
+        self.strict = strict
         self.brought += 1
         for item in self.scripts.pop(0):
             if isinstance(item, Exception):

@@ -11,7 +11,7 @@ from migrator.agent.guests.process import ProcessGuests
 from migrator.agent.guests.word import GuestEvent, GuestFailed, Remaining
 from migrator.agent.side import AgentSide
 from migrator.errors import ConfigInvalid
-from migrator.lifecycle.machine import Guest
+from migrator.lifecycle.machine import Guest, Role
 
 __all__ = ["GuestDriver", "GuestEvent", "GuestFailed", "Remaining", "guest_driver", "whereabouts"]
 
@@ -66,6 +66,15 @@ class GuestDriver(Protocol):
 
 def whereabouts(guests: GuestDriver, vm: str) -> Guest | None:
     """What the hypervisor here says of the VM now; None: there is none, or it does not answer."""
+    async def guard(self, vm: str, role: Role, migration: str) -> str:
+        """Strict: from now on the hypervisor starts and stops this VM here only with the agent's word.
+
+        Returns why it cannot be made to, "" when it is. One without vCPUs of its own has nothing to guard.
+        """
+
+    def unguard(self, vm: str, role: Role, migration: str) -> None:
+        """That migration has nothing against a start any more. May be repeated, and said of what was not guarded."""
+
     return (guests.state(vm) or Guest.GONE) if guests.speaks else None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from migrator.agent.guests.word import GuestEvent, Remaining
 from migrator.agent.side import AgentSide
-from migrator.lifecycle.machine import Guest
+from migrator.lifecycle.machine import Guest, Role
 
 
 class NoGuests:
@@ -69,6 +69,13 @@ class NoGuests:
 
     def committed(self, vm: str) -> None:
         self._tell(vm, "running")
+
+    async def guard(self, vm: str, role: Role, migration: str) -> str:
+        del vm, role, migration  # the operator starts it, by our commit
+        return ""
+
+    def unguard(self, vm: str, role: Role, migration: str) -> None:
+        del vm, role, migration
 
     def _tell(self, vm: str, what: str) -> None:
         self._on_event(GuestEvent(vm, what, moving=True, reason="operator", time=time.monotonic()))

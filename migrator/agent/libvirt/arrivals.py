@@ -31,8 +31,9 @@ ENDING_POLL_S = 0.1
 class Arrival:
     """One migration, followed until it is over."""
 
-    def __init__(self, side: AgentSide, vm: str) -> None:
+    def __init__(self, side: AgentSide, vm: str, *, strict: bool) -> None:
         self.vm = vm
+        self._strict = strict
         self.began = time.monotonic()
         self.report = pb.Migration()
         self.error: Error | None = None
@@ -44,7 +45,7 @@ class Arrival:
     async def follow(self) -> None:
         """Until the migration is over or the coordinator is lost."""
         try:
-            async for report in self._side.bring(self.vm):
+            async for report in self._side.bring(self.vm, strict=self._strict):
                 self.report = report
                 self._tell()
         except Error as error:
@@ -105,7 +106,7 @@ class Arrivals:
         arrival = self._arrivals.get(vm)  # not staged yet
         return arrival is not None and not arrival.over and arrival.report.phase in {"", "preparing"}
 
-    async def begin(self, vm: str) -> None:
+    async def begin(self, vm: str, *, strict: bool = False) -> None:
         """Have the state follow; returns when the source copies. Raises what the order of a migration raises.
 
         A migration that is in hand already is joined. One that is still ending (the last one of this VM, or the last
@@ -114,7 +115,7 @@ class Arrivals:
         until = time.monotonic() + ENDING_S
         while True:
             joined = self._side.arriving(vm) in WAITING
-            arrival = self._follow(vm)
+            arrival = self._follow(vm, strict=strict)
             if await arrival.until(STAGED, self._begin_s):
                 return
             ending = isinstance(arrival.error, AlreadyMigrating) or (joined and arrival.failed)
@@ -157,11 +158,11 @@ class Arrivals:
         except Error as error:
             self._log.warning("not called off: the source ends it", vm=vm, error=str(error))
 
-    def _follow(self, vm: str) -> Arrival:
+    def _follow(self, vm: str, *, strict: bool = False) -> Arrival:
         arrival = self._arrivals.get(vm)
         if arrival is not None and not arrival.over and not arrival.failed:
             return arrival
-        arrival = self._arrivals[vm] = Arrival(self._side, vm)
+        arrival = self._arrivals[vm] = Arrival(self._side, vm, strict=strict)
         task = asyncio.create_task(self._followed(arrival))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -83,6 +83,7 @@ class Domain:
     refused: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     lead: Lead = AS_CONFIGURED
+    strict: bool | None = None  # as in Metadata
 
     @property
     def owned(self) -> tuple[Interface, ...]:
@@ -127,7 +128,8 @@ def _domain(
             where = f"domain {name}, port {mac}"
             ports.append(port_of(where, vm, name, attributes, device=interface.device, mtu=interface.mtu))
     missing = tuple(mac for mac in metadata.ports if mac not in by_mac)
-    return Domain(vm, name, True, tuple(interfaces), tuple(ports), tuple(refused), missing, metadata.lead)
+    what = (tuple(interfaces), tuple(ports), tuple(refused), missing)
+    return Domain(vm, name, True, *what, metadata.lead, metadata.strict)
 
 
 def placed(ports: Sequence[pb.Port], host: str) -> list[pb.Port]:

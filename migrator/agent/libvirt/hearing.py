@@ -139,6 +139,10 @@ class Hearing:
         if track.move is Move.NONE and track.guest is not Guest.GONE:
             self.tracks[vm] = replace(track, move=Move.OUT)
 
+    def stopped(self, vm: str) -> None:
+        """QEMU has stopped a VM, said by libvirtd itself before the event comes."""
+        self._take(vm, *events.monitor(self.track(vm), "STOP", {}))
+
     def left_off(self, vm: str, reason: str) -> None:
         """The move of the VM from here is over, and it is still here."""
         track = self.track(vm)

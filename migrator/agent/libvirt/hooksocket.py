@@ -113,7 +113,7 @@ class HookSocket:
                 await asyncio.gather(work, gone, return_exceptions=True)
 
     def _note(self, request: Request, reply: Reply | None, seconds: float) -> None:
-        names = ("domain", "operation", "sub")
+        names = ("domain", "operation", "sub", "uuid")
         result = "gone" if reply is None else "ok" if reply.get("ok") else "refused"
         operation = request.get("operation") or request.get("op") or "?"
         if request.get("op") in self._handlers:

@@ -42,6 +42,7 @@ _FIELDS: Mapping[str, str] = {
 }
 _NUMBERS = ("connections_max", "learned_max", "mtu")
 _LEAD = ("lead", "downtime-ms", "max-passes")
+_STRICT = "strict"
 _NAME: TypeAdapter[str] = TypeAdapter(config.Name)
 _CHILDREN: Mapping[str, tuple[str, ...]] = {"address": (), "trunk": ("vlan", "network"), "timeout": ("name", "ms")}
 
@@ -64,11 +65,12 @@ class Metadata:
 
     ports: Mapping[str, Mapping[str, Any]]
     lead: Lead = AS_CONFIGURED
+    strict: bool | None = None  # moved with all of its state or not at all; None: as the agent's configuration says
 
 
 def read_metadata(where: str, element: Element) -> Metadata:
     """Read `<ports>`. `where` names the domain in errors. Raises ConfigInvalid."""
-    _known(where, element, _LEAD, ("port",))
+    _known(where, element, (*_LEAD, _STRICT), ("port",))
     ports: dict[str, Mapping[str, Any]] = {}
     for item in element:
         fields = _port(where, item)
@@ -76,7 +78,8 @@ def read_metadata(where: str, element: Element) -> Metadata:
         if mac in ports:
             raise ConfigInvalid(f"{where}: port {mac} is named twice in the metadata")
         ports[mac] = fields
-    return Metadata(ports, _lead(where, element))
+    strict = element.get(_STRICT)
+    return Metadata(ports, _lead(where, element), None if strict is None else _yes(f"{where}: <ports> strict", strict))
 
 
 def port_of(where: str, vm: str, name: str, fields: Mapping[str, Any], *, device: str, mtu: int) -> pb.Port:

@@ -56,11 +56,14 @@ class Inventory(Protocol):
 class Operations:
     """Answers the requests of the hook (`op` "hook")."""
 
-    def __init__(self, host: str, inventory: Inventory, taps: Taps, arrivals: Arrivals) -> None:
+    def __init__(
+        self, host: str, inventory: Inventory, taps: Taps, arrivals: Arrivals, *, strict: bool = False
+    ) -> None:
         self._host = host
         self._inventory = inventory
         self._taps = taps
         self._arrivals = arrivals
+        self._strict = strict
         self._turns: dict[str, _Turn] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
@@ -121,7 +124,8 @@ class Operations:
         self._refuse(domain)
         await self._free(domain)
         try:
-            await self._arrivals.begin(domain.uuid)
+            strict = self._strict if domain.strict is None else domain.strict
+            await self._arrivals.begin(domain.uuid, strict=strict)
         except asyncio.CancelledError:  # libvirtd has gone: nobody waits for this VM any more
             self._call_off(domain, "the destination's libvirtd gave up")
             raise

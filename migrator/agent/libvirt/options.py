@@ -29,6 +29,7 @@ class LibvirtOptions(BaseModel):
     tunnelled: bool = False  # memory through libvirtd's connection
     postcopy: bool = False  # may be turned to post-copy (virsh migrate-postcopy)
     bandwidth_mib_s: int = Field(default=0, ge=0)  # 0: as libvirt has it
+    strict: bool = False  # a VM comes here with all of its state or not at all; its metadata may say otherwise
     lead: bool = True  # the agent stops the guest, not QEMU
     downtime_ms: int = Field(default=0, ge=0)  # wanted; 0: QEMU's limit (300)
     max_passes: int = Field(default=0, ge=0)  # over the memory, then it is stopped anyhow; 0: no limit

@@ -12,6 +12,7 @@ from migrator.agent.libvirt.arrivals import Arrivals
 from migrator.agent.libvirt.hooksocket import HookSocket, Reply, Request
 from migrator.agent.libvirt.inventory import Inventory, listener
 from migrator.agent.libvirt.live import LiveDomains
+from migrator.agent.libvirt.locking import Locking
 from migrator.agent.libvirt.operations import Operations
 from migrator.agent.libvirt.saved import Saved
 from migrator.agent.libvirt.taps import Taps
@@ -30,14 +31,27 @@ class Service:
         self._hooks = 0
         self._arrivals = Arrivals(side, begin_s=options.begin_wait_s, copy_s=options.copy_wait_s)
         self._inventory = Inventory(side, LiveDomains(guests), Saved(side.state_dir / "saved"))
-        self._operations = Operations(side.host, self._inventory, Taps(side.state_dir / "taps"), self._arrivals)
+        self._operations = Operations(
+            side.host, self._inventory, Taps(side.state_dir / "taps"), self._arrivals, strict=options.strict
+        )
+        self._marks = guests.marks
+        locking = Locking(side, guests.stopped)
         self._domains = guests.domains
         self._deaf: Callable[[], None] = lambda: None
-        self._socket = HookSocket(options.hook_socket, {"hook": self._hook, "status": self._status})
+        self._socket = HookSocket(
+            options.hook_socket,
+            {
+                "hook": self._hook,
+                "status": self._status,
+                "acquire": locking.acquire,
+                "release": locking.release,
+            },
+        )
 
     async def start(self) -> None:
         """Raises ConfigInvalid when the socket cannot be made."""
         self._deaf = self._domains.listen(listener(self._inventory))
+        self._marks.prune()
         await self._inventory.start()
         await self._socket.start()
 
