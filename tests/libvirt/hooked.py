@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+
+import libvirt
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.lab.machines import Machine, Port
 from migrator.lab.processes import wait_until
 
-from .lab import GuestMachine, LibvirtCluster
+from .lab import GuestMachine, LibvirtCluster, allow_downtime
 
 NAMESPACE = "urn:vm-netstate-migrator:ports:1"
 NETWORKS = [{"name": "blue", "kind": "uplink", "vlan": 100, "uplink": "up0"}]
@@ -30,6 +33,7 @@ OPEN = {
     "name": "open",
     "rules": [{"direction": way, "priority": 100, "protocol": "any", "action": "allow"} for way in ("from", "to")],
 }
+LIVE = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER
 SERVICE, NUMBERS = 7000, 9000
 WAYS = (("from", 1, "to"), ("to", 2, "from"))  # from or to the guest, flow, who counts: the other end
 FOLLOWED_MAX = 2
@@ -73,6 +77,44 @@ def ended(cluster: LibvirtCluster, guest: GuestMachine, count: int) -> pb.Migrat
         return known[-1] if len(known) >= count and known[-1].done else None
 
     return wait_until(f"migration {count} of {guest.name} has ended", last, explain=lambda: reports(cluster, guest))
+
+
+class Moving:
+    """A move in a thread of its own, as a client of libvirt's waits for one. `error`: libvirt's, when it has ended."""
+
+    def __init__(self, guest: GuestMachine, to: str, flags: int = LIVE, **parameters: Any) -> None:
+        hosts = guest.hosts.hosts
+        self.error: libvirt.libvirtError | None = None
+        self._uri, self._uuid = hosts[guest.place()].uri, guest.uuid
+        there = hosts[to]
+        given = {libvirt.VIR_MIGRATE_PARAM_URI: f"tcp://{there.address}", **parameters}
+        allow_downtime(guest)
+        self._thread = threading.Thread(target=self._run, args=(there.remote_uri, given, flags), daemon=True)
+        self._thread.start()
+
+    def _run(self, to: str, parameters: dict[str, Any], flags: int) -> None:
+        with contextlib.closing(libvirt.open(self._uri)) as connection:
+            try:
+                connection.lookupByUUIDString(self._uuid).migrateToURI3(to, parameters, flags)
+            except libvirt.libvirtError as error:
+                self.error = error
+
+    def join(self, timeout_s: float = 30.0) -> None:
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), "libvirt's migration does not end"
+
+
+def slowly(cluster: LibvirtCluster, guest: GuestMachine, to: str, flags: int = LIVE) -> Moving:
+    """Begin a move that QEMU cannot finish soon; the first copy of the state is there, memory is on its way."""
+    count = len(reports(cluster, guest))
+    moving = Moving(guest, to, flags, **{libvirt.VIR_MIGRATE_PARAM_BANDWIDTH: 1})
+    wait_until("the state has followed", lambda: _phases(cluster, guest, count) == ["authorised"], 20.0)
+    wait_until("memory is sent", lambda: guest.domain().jobStats().get("memory_processed", 0) > 0)
+    return moving
+
+
+def _phases(cluster: LibvirtCluster, guest: GuestMachine, count: int) -> list[str]:
+    return [report.phase for report in reports(cluster, guest)[count:]]
 
 
 class Traffic:

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from migrator.lab import netns
 from migrator.lab.machines import Machine, Port, add_peer
 from migrator.lab.processes import wait_until
 
-from .hooked import Traffic, ended, hooked, metadata, reports
+from .hooked import Traffic, ended, hooked, metadata, reports, slowly
 from .lab import GuestMachine, LibvirtCluster, LibvirtLab, add_guest, migrate
 
 pytestmark = pytest.mark.slow
@@ -133,29 +132,6 @@ def test_vms_of_others_need_no_agent(cluster: LibvirtCluster) -> None:
 # ---- begun, and ended early ----
 
 
-def mid_way(cluster: LibvirtCluster, guest: GuestMachine) -> None:
-    """Begin a move to h2 that QEMU cannot finish soon, and wait until the first copy of the state is there."""
-    there = cluster.hosts["h2"]
-    params = {
-        libvirt.VIR_MIGRATE_PARAM_URI: f"tcp://{there.address}",
-        libvirt.VIR_MIGRATE_PARAM_BANDWIDTH: 1,
-    }
-    flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER
-    count = len(reports(cluster, guest))
-
-    def run() -> None:
-        with contextlib.suppress(libvirt.libvirtError):
-            connection = libvirt.open(cluster.hosts["h1"].uri)
-            with contextlib.closing(connection):
-                connection.lookupByUUIDString(guest.uuid).migrateToURI3(there.remote_uri, params, flags)
-
-    threading.Thread(target=run, daemon=True).start()
-    wait_until(
-        "the state has followed", lambda: [r.phase for r in reports(cluster, guest)[count:]] == ["authorised"], 20.0
-    )
-    wait_until("memory is sent", lambda: guest.domain().jobStats().get("memory_processed", 0) > 0)
-
-
 def qemu(host: str, cluster: LibvirtCluster, guest: GuestMachine) -> int:
     """Process id of its QEMU at a host, as seen from here."""
     inside = str(cluster.hosts[host].pid)
@@ -181,23 +157,29 @@ def back_to_normal(cluster: LibvirtCluster, guest: GuestMachine, traffic: Traffi
 
 def test_the_operator_aborts(cluster: LibvirtCluster, guest: GuestMachine, traffic: Traffic) -> None:
     count = len(reports(cluster, guest))
-    mid_way(cluster, guest)
+    moving = slowly(cluster, guest, "h2")
     guest.domain().abortJob()
+    moving.join()
+    assert "canceled by client" in str(moving.error)
     back_to_normal(cluster, guest, traffic, count + 1)
 
 
 def test_qemu_dies_at_the_destination(cluster: LibvirtCluster, guest: GuestMachine, traffic: Traffic) -> None:
     count = len(reports(cluster, guest))
-    mid_way(cluster, guest)
+    moving = slowly(cluster, guest, "h2")
     os.kill(qemu("h2", cluster, guest), signal.SIGKILL)
+    moving.join()
+    assert moving.error is not None
     back_to_normal(cluster, guest, traffic, count + 1)
 
 
 def test_libvirtd_dies_at_the_destination(cluster: LibvirtCluster, guest: GuestMachine, traffic: Traffic) -> None:
     count = len(reports(cluster, guest))
-    mid_way(cluster, guest)
+    moving = slowly(cluster, guest, "h2")
     cluster.hosts["h2"].libvirtd.kill()
     assert ended(cluster, guest, count + 1).outcome == "aborted"
+    moving.join()
+    assert moving.error is not None
     cluster.hosts["h2"].start_libvirtd()
     back_to_normal(cluster, guest, traffic, count + 1)
 
@@ -206,9 +188,10 @@ def test_libvirtd_dies_at_the_destination(cluster: LibvirtCluster, guest: GuestM
 def test_an_agent_dies_in_pre_copy(cluster: LibvirtCluster, guest: GuestMachine, traffic: Traffic, host: str) -> None:
     """Its migration is over; libvirt's goes on, and the next one works, whichever way this one ended."""
     count = len(reports(cluster, guest))
-    mid_way(cluster, guest)
+    moving = slowly(cluster, guest, "h2")
     cluster.agents[host].kill()
     guest.domain().abortJob()
+    moving.join()
     cluster.restart(cluster.agents[host])
     back_to_normal(cluster, guest, traffic, count + 1)
 
