@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from migrator.agent.daemon import Agent
 
 CALL_S = 10.0
+AGAIN_S = 5.0
 LOOK_S = 0.5
 OPEN_S = 10.0  # from a declaration to its open ports
 _OPTIONS = [*CHANNEL_OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
@@ -55,6 +56,7 @@ class Household:
         self._orders: dict[tuple[str, str], pb.PortOrder] = {}
         self._problems: dict[tuple[str, str], Error] = {}
         self._news = asyncio.Event()
+        self._round = 0  # of saying all again
         self._log = structlog.get_logger()
 
     @property
@@ -89,15 +91,23 @@ class Household:
         return reply
 
     async def attached(self) -> None:
-        """The coordinator is there (again): say all of it once more."""
-        for vm, ports in list(self._truth.items()):
-            try:
-                if self._truth.get(vm) is ports:
-                    await self._declare(vm, ports, wait=True)
-            except PeerLost:
-                return  # this is called again
-            except Error as error:
-                self._log.warning("ports are not as the hypervisor has them", vm=vm, error=str(error))
+        """The coordinator is there (again): say all of it once more, and again what it cannot take yet."""
+        self._round += 1
+        this, left = self._round, dict(self._truth)
+        while left and self._round == this and self._agent.link.connected:
+            for vm, ports in list(left.items()):
+                if self._truth.get(vm) is not ports or await self._said_again(vm, ports):
+                    del left[vm]
+            if left:
+                await asyncio.sleep(AGAIN_S)
+
+    async def _said_again(self, vm: str, ports: Sequence[pb.Port]) -> bool:
+        try:
+            await self._declare(vm, ports, wait=True)
+        except Error as error:
+            self._log.warning("ports are not as the hypervisor has them", vm=vm, error=str(error))
+            return False
+        return True
 
     async def port(self, order: pb.PortOrder) -> None:
         """Carry out an order for a port; `declare` hears what became of it. Raises what the switch does."""
@@ -179,6 +189,14 @@ class Household:
         found = (m.id for m in reversed(listed.migrations) if m.vm == vm and m.destination == self.host and not m.done)
         return next(found, "")
 
+    async def left(self, vm: str, seconds: float) -> bool:
+        """See AgentSide."""
+        return await transaction.left(self._agent.ends, vm, seconds)
+
+    async def may_start(self, vm: str, seconds: float) -> str:
+        """See AgentSide."""
+        return await transaction.may_start(self._agent.ends, vm, seconds)
+
     def arriving(self, vm: str) -> str:
         """See AgentSide."""
         return self._phase(vm, DestinationEnd)
@@ -189,14 +207,6 @@ class Household:
 
     def _phase(self, vm: str, kind: type[DestinationEnd | SourceEnd]) -> str:
         ends = (end for end in self._agent.ends.of(vm) if isinstance(end, kind) and not end.over)
-    async def left(self, vm: str, seconds: float) -> bool:
-        """See AgentSide."""
-        return await transaction.left(self._agent.ends, vm, seconds)
-
-    async def may_start(self, vm: str, seconds: float) -> str:
-        """See AgentSide."""
-        return await transaction.may_start(self._agent.ends, vm, seconds)
-
         return next((str(end.state.phase) for end in ends), "")
 
     # ---- state ----

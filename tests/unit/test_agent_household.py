@@ -11,7 +11,10 @@ import pytest
 
 from datapath.errors import PortNotFound, UnsupportedKind
 from migrator._pb import migrator_pb2 as pb
+from migrator.agent import household
 from migrator.agent.household import Household
+from migrator.coordinator.cluster import Cluster
+from migrator.coordinator.sqlite import SqliteJournal
 from migrator.errors import ConfigInvalid, Corrupt, PeerLost, PreflightFailed
 from migrator.lifecycle.machine import Guest
 from tests.unit.pair import MACS, VM, World, eventually, world
@@ -76,6 +79,31 @@ def test_after_an_outage_the_newest_word_counts(tmp_path: Path) -> None:
         await w.recover()
         await eventually(lambda: [ref.mac for ref in w.active("a")] == [MACS[0]], 10.0)
         await eventually(lambda: list(w.cluster.store.catalog.ports) == [f"{VM}/{MACS[0]}"])
+
+    scenario(tmp_path, test)
+
+
+def test_a_coordinator_that_lost_its_journal_is_told_until_it_can_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(w: World, side: Household) -> None:
+        monkeypatch.setattr(household, "AGAIN_S", 0.05)
+        await side.declare(VM, ports(*MACS))
+        w.fill("a", 5)
+        before = w.connections("a")
+        await w.outage()
+        journal = SqliteJournal(tmp_path / "new.sqlite")
+        w.stack.callback(journal.close)
+        w.cluster = Cluster(journal)
+        await w.recover()
+        await eventually(lambda: len(w.cluster.roster) == 2)
+        assert not w.cluster.store.catalog.ports
+        objects = pb.Config(
+            networks=[pb.Network(name="blue", kind="uplink", vlan=10)], policies=[pb.Policy(name="web")]
+        )
+        w.cluster.apply(pb.ApplyRequest(config=objects))
+        await eventually(lambda: len(w.cluster.store.catalog.ports) == 2)
+        assert w.connections("a") == before
 
     scenario(tmp_path, test)
 
