@@ -25,6 +25,8 @@ from migrator.lifecycle.machine import Action, Event, Role
 from migrator.snapshot import decode_section
 
 ANNOUNCE_S = (0.0, 0.05, 0.15)  # pauses before each announcement: 0, 50 and 200 ms after the ports have opened
+PASSED_ON_S = 0.1  # what the network lost of it is waited for no longer
+PASSED_ON_POLL_S = 0.001
 SOURCE_FIRST_S = 1.0  # less than the switch waits by itself, which keeps no order
 LEASED = frozenset(Phase) - {Phase.STAGING, Phase.OPENING, Phase.OPEN, *words.OVER}
 
@@ -50,6 +52,7 @@ class DestinationEnd(End):
         self.arrival = Arrival(around.driver, refs, report)
         self._answer = answer
         self._source: ToSource | None = None
+        self._passed_on: dict[str, int] = {}  # MAC -> frames that the source has redirected
         self._asking: list[asyncio.Future[pb.MoveState]] = []
         super().__init__(around, report, refs, state)
 
@@ -138,6 +141,7 @@ class DestinationEnd(End):
         elif which == "restart":
             await self.call(self._stage_again)
         elif which == "redirecting":
+            self._passed_on = dict(message.passed_on)
             self.post(words.Redirecting())
         elif which == "settle_end":
             self.post(words.SettleEnd())
