@@ -27,7 +27,8 @@ class AgentSide(Protocol):
         """These are the VM's ports, here; returns the coordinator's warnings. Idempotent.
 
         A VM that the coordinator knows elsewhere comes here if nothing of it runs there. Raises ConfigInvalid (no such
-        network or policy, MAC taken), AlreadyMigrating, PeerLost (no coordinator: declare again when it is back).
+        network or policy, MAC taken), PreflightFailed (it runs elsewhere), AlreadyMigrating, PeerLost (no coordinator:
+        declare again when it is back).
         """
 
     async def withdraw(self, vm: str) -> None:
