@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ import pytest
 from migrator.lab.processes import wait_until
 
 from .driven import Driven, driven
-from .lab import GuestMachine, LibvirtLab, allow_downtime, last_move, migrate
+from .lab import GuestMachine, HostDaemon, LibvirtLab, allow_downtime, last_move, migrate
 from .lab.guests import LIVE
 
 Word = tuple[str, bool, str]
@@ -185,6 +186,58 @@ def test_why_a_move_failed_is_told(here: Here, bridged: LibvirtLab, options: dic
         driver.until("it failed", lambda: [e for e in driver.events if e["what"] == "failed"])
         assert "unable to connect to server" in driver.events[-1]["reason"]
         assert driver.call("state", vm=here.vm) == "running"
+
+
+def test_a_move_that_ends_before_qemu_has_a_part_in_it_is_told(here: Here, bridged: LibvirtLab) -> None:
+    """libvirtd at the destination is not found: QEMU never says a word, and no event comes."""
+    nobody = bridged.hosts[here.place].address.rpartition(".")[0] + ".99"
+    errors: list[str] = []
+
+    def move() -> None:
+        try:
+            domain.migrateToURI3(f"qemu+tcp://{nobody}/system", {}, LIVE)
+        except libvirt.libvirtError as error:
+            errors.append(str(error))
+
+    domain = here.guest.domain()
+    mover = threading.Thread(target=move)
+    mover.start()
+    wait_until("it is to leave", lambda: here.own.call("leaving", vm=here.vm))
+    here.own.call("accompany", vm=here.vm)
+    mover.join(30)
+    assert errors
+    here.hear(("failed", True, "it ended without QEMU's part of it"))
+    assert here.state() == "running"
+
+
+@contextlib.contextmanager
+def silent(daemon: HostDaemon) -> Iterator[None]:
+    """A process that is there and does nothing; nsenter, which waits for it, stops with it."""
+    assert daemon.process is not None
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in (daemon.process.pid, daemon.pid):
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_libvirtd_that_does_not_answer_holds_nobody_up(here: Here, bridged: LibvirtLab) -> None:
+    host = bridged.hosts[here.place]
+    with driven({"uri": host.uri}) as driver:
+        with silent(host.libvirtd):
+            waiting = driver.ask("suspend", vm=here.vm)
+            assert driver.call("state", vm=here.vm) == "running", "events and questions of the agent go on"
+            with pytest.raises(AssertionError, match="did not answer within 5 s"):
+                driver.answer(waiting)
+        here.hear(("paused", False, "suspended"))  # it obeys when it wakes up
+        driver.call("resume", vm=here.vm)
+        wait_until("it runs", lambda: here.state() == "running")
+        with silent(host.libvirtd):
+            driver.ask("leaving", vm=here.vm)
+            assert driver.process.stdin is not None
+            driver.process.stdin.close()
+            assert driver.process.wait(10) == 0, "the agent ends without libvirt's answer"
 
 
 def test_a_paused_guest_moves_and_stays_paused(here: Here) -> None:
