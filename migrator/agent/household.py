@@ -33,6 +33,7 @@ from migrator.errors import (
     MigrationNotFound,
     PreflightFailed,
 )
+from migrator.lifecycle.source_words import Phase
 from migrator.snapshot import SnapshotReader
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ class Household:
         except Error as error:
             self._problems[key] = error
             raise
+        else:
+            self._problems.pop(key, None)
         finally:
             self._news.set()
             self._news = asyncio.Event()
@@ -133,20 +136,24 @@ class Household:
             del self._orders[removal.vm, removal.mac]
 
     async def _opened(self, vm: str, macs: set[str]) -> None:
-        """Raises why the switch could not make them, NotReady when it takes too long."""
+        """Raises why the switch could not make them, NotReady when it takes too long.
+
+        What the switch is not ready for may pass: an instance of the VM's last stay is about to go.
+        """
+        failed: Error | None = None
         try:
             async with asyncio.timeout(OPEN_S):
                 while missing := macs - await self._active(vm):
                     news = self._news
                     failed = next((e for mac in missing if (e := self._problems.get((vm, mac)))), None)
-                    if failed is not None:
+                    if failed is not None and not isinstance(failed, NotReady):
                         raise failed
-                    if self.leaving(vm) or self.arriving(vm):
+                    if self.leaving(vm) not in {"", Phase.STUB} or self.arriving(vm):
                         return  # a move decides over them
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(news.wait(), LOOK_S)
         except TimeoutError:
-            raise NotReady(
+            raise failed or NotReady(
                 f"the ports of VM {vm} are not open on {self.host} after {OPEN_S:g} s", hint="see the agent's log"
             ) from None
 
