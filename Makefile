@@ -6,15 +6,17 @@ BIN := $(VENV)/bin
 PB := migrator/_pb/migrator_pb2.py
 BPF := datapath/bpf/switch.bpf.o
 BPF_SOURCES := $(wildcard datapath/bpf/*.bpf.c datapath/bpf/lib/*.h)
+LOCK := hooks/lock/migrator.so
+LOCK_SOURCES := $(wildcard hooks/lock/*.[ch])
 GUEST := $(wildcard tests/libvirt/guest/*.[ch])
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
-.PHONY: help setup packages test lint demo bench build generate bpf clean lock format test-% test-oldest-kernel bpf-coverage
+.PHONY: help setup packages test lint demo bench build generate bpf lock-driver clean lock format test-% test-oldest-kernel bpf-coverage
 
 help:  ## this list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
-setup: packages $(VENV)/.installed $(PB) $(BPF)  ## packages, virtual environment, generated code, BPF programs
+setup: packages $(VENV)/.installed $(PB) $(BPF) $(LOCK)  ## packages, virtual environment, generated code, BPF programs, lock driver
 
 packages:
 	@tools/packages
@@ -35,9 +37,15 @@ $(BPF): $(BPF_SOURCES) | packages
 	@echo "compiling $@"
 	@$(CLANG) $(BPF_FLAGS) -c datapath/bpf/switch.bpf.c -o $@
 
+$(LOCK): $(LOCK_SOURCES) tools/lock_driver | packages
+	@echo "compiling $@"
+	@tools/lock_driver $@
+
 generate: $(PB)  ## RPC code
 
 bpf: $(BPF)  ## BPF programs
+
+lock-driver: $(LOCK)  ## libvirt's lock driver of strict mode
 
 test: setup  ## all tests (root)
 	@$(BIN)/python -m pytest $(ARGS)
@@ -62,12 +70,12 @@ lint: setup  ## ruff, mypy, layers, C format, house rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
-	@$(BIN)/clang-format --dry-run --Werror datapath/bpf/*.bpf.c datapath/bpf/lib/*.h $(GUEST)
+	@$(BIN)/clang-format --dry-run --Werror datapath/bpf/*.bpf.c datapath/bpf/lib/*.h $(GUEST) $(LOCK_SOURCES)
 	@tools/houserules
 
 format: setup  ## make the code look as lint wants it
 	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format --quiet .
-	@$(BIN)/clang-format -i datapath/bpf/*.bpf.c datapath/bpf/lib/*.h $(GUEST)
+	@$(BIN)/clang-format -i datapath/bpf/*.bpf.c datapath/bpf/lib/*.h $(GUEST) $(LOCK_SOURCES)
 
 build: setup  ## a wheel with compiled BPF programs and generated code, in dist/
 	@rm -rf build dist/*.whl
@@ -79,4 +87,4 @@ lock:  ## resolve requirements.lock anew (needs uv)
 		pyproject.toml -o requirements.lock
 
 clean:  ## remove what was built; keeps $(VENV)
-	@rm -rf build dist migrator/_pb $(BPF) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf build dist migrator/_pb $(BPF) $(LOCK) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -71,13 +71,12 @@ def install(place: Path, conf: Path = QEMU_CONF, *, dry_run: bool = False) -> bo
 
 
 def uninstall(place: Path, conf: Path = QEMU_CONF, *, dry_run: bool = False) -> bool:
-    """Remove what `install` puts there; False when nothing of it is there. libvirtd keeps what it has loaded."""
-    named, target = configured(conf) == NAME, place / FILE
-    if not named and not target.exists():
+    """Remove what `install` puts there; False when qemu.conf does not name it. libvirtd keeps what it has loaded."""
+    if configured(conf) != NAME:
         return False
     if not dry_run:
-        if named:
-            _replace(conf, _without(conf).encode(), 0o600)
+        _replace(conf, _without(conf).encode(), 0o600)
+        target = place / FILE
         try:
             target.unlink(missing_ok=True)
         except OSError as error:
