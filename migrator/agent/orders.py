@@ -10,6 +10,7 @@ from datapath.provider import Need, Network, NetworkKind, Place, PortRef
 from datapath.registry import KINDS
 from datapath.state.kind import Op, Record, Table
 from migrator._pb import migrator_pb2 as pb
+from migrator.agent.guests.word import MoveOptions
 from migrator.errors import Corrupt
 
 CHANNEL_MAX = (1 << 24) - 1
@@ -97,6 +98,12 @@ def _rule(rule: pb.Rule) -> Record:
 def _range(text: str) -> list[int]:
     first, _, last = text.partition("-")
     return [int(first), int(last or first)]
+
+
+def move_options(message: pb.MoveOptions) -> MoveOptions:
+    """How the hypervisor is to move the VM."""
+    given = {field.name: value for field, value in message.ListFields()}
+    return MoveOptions(**given)
 
 
 def need_message(need: Need, refs: list[PortRef]) -> pb.Need:

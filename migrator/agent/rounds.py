@@ -22,7 +22,7 @@ Write = Callable[[pb.FromSource], Awaitable[None]]
 class Rounds:
     """`call` runs a function in the VM's lane, `write` gives a message to the stream.
 
-    `small` hears of each small round, `progress` of how far the dump is, now and then.
+    `small` hears of each small round, `progress` of how far it is, now and then.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Rounds:
         self._loaded_more = asyncio.Event()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._began = 0.0
+        self._began = self._told = 0.0
         self.task: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -60,18 +60,21 @@ class Rounds:
             await self._drain()
 
     async def _dump(self) -> None:
-        told = time.monotonic()
         while not self._stop.is_set():
             batch: Batch = await self._call(self._copier.chunk)
             if batch.complete:
                 self._report.times_ms.setdefault("dump", (time.monotonic() - self._began) * 1e3)
                 return await self._end_round()
             await self.send(batch)
-            if time.monotonic() - told > REPORT_S:
-                told = time.monotonic()
-                self.count()
-                self._progress()
+            self._tell()
         return None
+
+    def _tell(self) -> None:
+        """Bring the report up to date and send it now and then: the guest's memory may take long behind the tables."""
+        self.count()
+        if time.monotonic() - self._told > REPORT_S:
+            self._told = time.monotonic()
+            self._progress()
 
     async def _drain(self) -> None:
         """Returns to stop, or when everything has to be dumped again."""
@@ -82,7 +85,7 @@ class Rounds:
                 return self._report.warn("more changed during the copy than could be noted: it was begun again")
             if batch.records:
                 await self._end_round()
-            self.count()
+            self._tell()
             if batch.records > self._settings.small_round:
                 continue
             self._report.times_ms.setdefault("converged", (time.monotonic() - self._began) * 1e3)

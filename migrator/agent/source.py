@@ -16,6 +16,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.agent.copying import Batch, Copier
 from migrator.agent.end import End, Surroundings
 from migrator.agent.guests import GuestFailed
+from migrator.agent.orders import move_options
 from migrator.agent.quiet import QUIET
 from migrator.agent.report import Report
 from migrator.agent.rounds import Rounds
@@ -180,7 +181,7 @@ class SourceEnd(End):
         if self.order.ordered_elsewhere:
             await self.guests.accompany(self.vm)
         else:
-            await self.guests.migrate(self.vm, self.order.destination)
+            await self.guests.migrate(self.vm, self.order.destination, move_options(self.order.move))
             self._moving_guest = True
         self.rounds.task = self.beside("copy", self.rounds.run)
 
@@ -360,18 +361,16 @@ class SourceEnd(End):
         self.beside("cancel", lambda: self._cancel_move(certain=action.certain))
 
     async def _cancel_move(self, *, certain: bool) -> None:
-        if await self.guests.cancel(self.vm, certain=certain):
-            self.post(words.GuestResumed())
-        else:
-            self.post(words.CancelFailed())
+        runs = await self.guests.cancel(self.vm, certain=certain)
+        self.post(words.GuestResumed() if runs else words.CancelFailed())
 
     async def _resume(self, _: words.Resume) -> None:
         self.stop_beside("step", "connect", "watch", "ask", "drain", "final", "cancel")
         self.rounds.halt()
         began = time.monotonic()
         await self._resume_ports()
-        self.tell_waiters()
         self.report.lasted("resume", began)
+        self.tell_waiters()
         QUIET.end(self.name)
         await self.rounds.halted()
         if self._moving_guest and self.state.guest is Guest.RUNNING:

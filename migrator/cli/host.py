@@ -9,12 +9,16 @@ import click
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.changes import remove
 from migrator.cli.context import Context, Group, complete, pass_context
+from migrator.cli.drain import drain
 from migrator.table import plain, print_json, print_table
 
 
 @click.group(cls=Group)
 def host() -> None:
     """Hosts of the cluster."""
+
+
+host.add_command(drain)
 
 
 @host.command("list")

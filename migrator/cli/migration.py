@@ -8,7 +8,8 @@ import click
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.context import Context, Group, complete, pass_context
-from migrator.cli.progress import code_of, follow, hint_at_doubt, print_report
+from migrator.cli.progress import code_of, follow
+from migrator.cli.report import hint_at_doubt, print_report
 from migrator.errors import MigrationNotFound
 from migrator.table import plain, print_json, print_table
 

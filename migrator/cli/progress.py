@@ -1,4 +1,4 @@
-"""Shows a migration while it runs, and its report when it has ended."""
+"""Shows a migration while it runs, memory of the guest and network state as one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from rich.table import Table
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.context import Context
+from migrator.cli.report import IN_DOUBT, memory_now, numbers, print_report
 from migrator.errors import OUTCOMES, PeerLost, exit_code
-from migrator.table import plain, print_fields, print_json, print_table, size
-
-IN_DOUBT = "in-doubt"
+from migrator.table import plain, print_json
 
 
 def follow(context: Context, reports: Iterable[pb.Migration], *, detach: bool = False) -> int:
@@ -45,10 +44,16 @@ def follow(context: Context, reports: Iterable[pb.Migration], *, detach: bool = 
 def _last(reports: Iterable[pb.Migration], *, first: bool) -> pb.Migration | None:
     """The last of the reports, or the first. What is in doubt is not waited for: it may last."""
     last = None
-    for report in reports:
-        last = report
-        if first or report.phase == IN_DOUBT:
-            break
+    try:
+        for report in reports:
+            last = report
+            if first or report.phase == IN_DOUBT:
+                break
+    except KeyboardInterrupt:
+        if last is not None and not last.done:
+            watch, end = f"migrator migration show {last.id} --follow", f"migrator migration abort {last.id}"
+            click.echo(f"migrator: the migration goes on: `{watch}` shows it, `{end}` ends it", err=True)
+        raise
     return last
 
 
@@ -62,65 +67,24 @@ def _silent(reports: Iterable[pb.Migration]) -> Iterable[pb.Migration]:
 
 
 def _lines(reports: Iterable[pb.Migration]) -> Iterable[pb.Migration]:
-    """A line whenever the phase changes."""
-    phase = ""
+    """A line whenever the phase changes, or the pass over the guest's memory."""
+    shown = None
     for report in reports:
-        if report.phase != phase:
-            phase = report.phase
-            click.echo(f"{phase}: {numbers(report)}")
+        state = (report.phase, report.memory.get("passes"))
+        if state != shown:
+            shown = state
+            click.echo(f"{report.phase}: {'; '.join(filter(None, (memory_now(report), numbers(report))))}")
         yield report
 
 
 def _live(reports: Iterable[pb.Migration]) -> Iterable[pb.Migration]:
-    """One line that changes in place."""
+    """Two lines that change in place."""
     begun = time.monotonic()
     with Live(console=Console(), refresh_per_second=10, transient=True) as live:
         for report in reports:
-            row = Table.grid(padding=(0, 2))
-            row.add_row(f"[bold]{report.phase}[/]", numbers(report), f"{time.monotonic() - begun:.1f} s")
-            live.update(row)
+            grid = Table.grid(padding=(0, 2))
+            grid.add_row(f"[bold]{report.phase}[/]", "state", numbers(report), f"{time.monotonic() - begun:.1f} s")
+            if report.memory:
+                grid.add_row("", "memory", memory_now(report), "")
+            live.update(grid)
             yield report
-
-
-def numbers(report: pb.Migration) -> str:
-    rate = f", {report.rate:,.0f}/s" if report.rate else ""
-    return f"round {report.rounds}, {report.entries:,} entries, {size(report.bytes)}{rate}"
-
-
-def print_report(report: pb.Migration) -> None:
-    """The whole report for people."""
-    print_fields(
-        {
-            "migration": report.id,
-            "vm": report.vm,
-            "from": report.source,
-            "to": report.destination,
-            "phase": report.phase,
-            "outcome": report.outcome,
-            "reason": report.reason,
-            "epoch": report.epoch,
-            "copied": numbers(report),
-            "stopped by": ("agent" if report.leading else "guest or hypervisor") if report.outcome else "",
-            "frames": dict(sorted(report.frames.items())),
-        }
-    )
-    for title, values in (
-        ("MOVED", {kind: f"{count:,}" for kind, count in sorted(report.moved.items())}),
-        ("NOT MOVED", {what: f"{count:,}" for what, count in sorted(report.not_moved.items())}),
-        ("TIME", {name: f"{ms:,.2f} ms" for name, ms in report.times_ms.items()}),
-    ):
-        if values:
-            click.echo()
-            print_table((title, ""), values.items())
-    for warning in report.warnings:
-        click.echo(f"migrator: warning: {warning}", err=True)
-    hint_at_doubt([report])
-
-
-def hint_at_doubt(reports: Iterable[pb.Migration]) -> None:
-    """Say what can be done about each migration that waits for a word of where its guest is."""
-    for report in reports:
-        if report.phase == IN_DOUBT:
-            hosts = f"{report.source}|{report.destination}"
-            resolve = f"migrator migration resolve {report.id} --guest-at {hosts}"
-            click.echo(f"migrator: hint: look where VM {report.vm} runs, then `{resolve}`", err=True)

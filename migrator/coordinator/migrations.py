@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 
 import structlog
+from google.protobuf import json_format
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator import orders
@@ -26,7 +27,6 @@ from migrator.lifecycle import coordinator as machine
 from migrator.lifecycle.machine import Role
 
 CHANNEL_MAX = (1 << 24) - 1
-DOWNTIME_MS = 300  # QEMU's own default
 
 log = structlog.get_logger()
 
@@ -78,7 +78,7 @@ class Migrations:
         if vm is None:
             raise MigrationNotFound(f"no port is declared for VM {request.vm!r}", hint="`migrator port list` shows all")
         await self._wait_for_undoing(vm)
-        preflight(self._store.catalog, self._roster, vm, request.to)
+        preflight(self._store.catalog, self._roster, vm, request)
         agreed = self._agree(vm, request)
         state, actions = machine.begin(dry_run=request.dry_run)
         epochs = {port.mac: self._store.catalog.epoch(port) for port in self._store.catalog.ports_of(vm)}
@@ -116,7 +116,8 @@ class Migrations:
             without_state=request.without_state,
             ordered_elsewhere=request.ordered_elsewhere,
             timeout_s=request.timeout_s or self._deadlines.pre_copy_s,
-            downtime_ms=request.downtime_ms or DOWNTIME_MS,
+            downtime_ms=request.downtime_ms,
+            move=json_format.MessageToDict(request.move, preserving_proto_field_name=True),
         )
 
     def abort(self, migration: str, reason: str = "") -> pb.Migration:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from google.protobuf import json_format
+
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.catalog import Catalog, device_at
 from migrator.coordinator.roster import Roster
@@ -14,18 +16,21 @@ from migrator.lifecycle import coordinator as machine
 from migrator.lifecycle.machine import Role, Verdict
 
 Phase = machine.Phase
+COPY_STORAGE = ("", "all", "inc")
 STAGED = frozenset({Phase.STARTING, Phase.PRE_COPY, *machine.UNDECIDED})
 """Phases in which the destination has staged instances that configuration changes go to as well."""
 
 
-def preflight(catalog: Catalog, roster: Roster, vm: str, to: str) -> None:
+def preflight(catalog: Catalog, roster: Roster, vm: str, request: pb.MigrateRequest) -> None:
     """Refuse what needs no question to an agent. Raises PreflightFailed with every reason."""
-    source = catalog.host_of(vm)
+    source, to = catalog.host_of(vm), request.to
     reasons = [f"the agent of {host} is not connected" for host in (source, to) if roster.get(host) is None]
     if source == to:
         reasons = [f"it is at {to} already"]
     missing = [port.mac for port in catalog.ports_of(vm) if not device_at(port, to)]
     reasons += [f"port {mac} has no device on {to}" for mac in missing]
+    if request.move.copy_storage not in COPY_STORAGE:
+        reasons.append(f"storage cannot be copied as {request.move.copy_storage!r}")
     if reasons:
         known = ", ".join(sorted(session.host for session in roster)) or "none"
         raise PreflightFailed(f"VM {vm} cannot be moved to {to}", reasons=reasons, hint=f"hosts connected: {known}")
@@ -52,6 +57,7 @@ def body(order: machine.Order, run: Running, catalog: Catalog, peer: str) -> dic
         downtime_ms=agreed.downtime_ms,
         token=bytes.fromhex(agreed.token),
         ordered_elsewhere=agreed.ordered_elsewhere,
+        move=json_format.ParseDict(agreed.move, pb.MoveOptions(), ignore_unknown_fields=True),
     )
     return {"start": start}
 

@@ -32,7 +32,8 @@ class Agreed:
     without_state: bool
     ordered_elsewhere: bool
     timeout_s: float
-    downtime_ms: int
+    downtime_ms: int  # 0: as the VM or its host is configured
+    move: dict[str, Any] = field(default_factory=dict)  # pb.MoveOptions as JSON
 
     def host(self, role: Role) -> str:
         return self.source if role is Role.SOURCE else self.destination

@@ -20,7 +20,8 @@ from datapath.state.kind import Columns, Table, empty_columns
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.config import AgentConfig
 from migrator.agent.daemon import Agent
-from migrator.agent.guests import GuestEvent, GuestFailed, Remaining
+from migrator.agent.guests import GuestEvent, GuestFailed, MoveOptions, Remaining
+from migrator.agent.guests.word import BY_DEFAULT
 from migrator.agent.side import AgentSide
 from migrator.coordinator.cluster import Cluster
 from migrator.coordinator.service import serve
@@ -44,6 +45,7 @@ class Hypervisor:
     fail: bool = False  # after the stop: comes back to where it was
     converged: bool = True
     needed_ms: int = 0  # what is left of its memory takes so long
+    options: MoveOptions = BY_DEFAULT  # of its last move
     sides: dict[str, Side] = field(default_factory=dict)
     pending: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -86,10 +88,10 @@ class Side:
         self.all = hypervisor
         self.host = host
         self.on_event: Callable[[GuestEvent], None] = lambda _: None
-
-    async def start(self, on_event: Callable[[GuestEvent], None]) -> None:
         self.guards = True  # starts a guarded VM only with the agent's word
         self.guarded: set[tuple[Role, str]] = set()
+
+    async def start(self, on_event: Callable[[GuestEvent], None]) -> None:
         self.on_event = on_event
 
     async def stop(self) -> None:
@@ -108,7 +110,8 @@ class Side:
     def states(self) -> Mapping[str, Guest]:
         return {VM: Guest.RUNNING} if self.all.place == self.host else {}
 
-    async def migrate(self, vm: str, to: str) -> None:
+    async def migrate(self, vm: str, to: str, options: MoveOptions = BY_DEFAULT) -> None:
+        self.all.options = options
         if self.all.moving or vm != VM:
             raise GuestFailed(f"the VM moves to {self.all.moving}")
         self.all.moving = to
@@ -143,15 +146,15 @@ class Side:
     def committed(self, vm: str) -> None:
         assert vm == VM
 
-    async def attach(self, side: AgentSide) -> None:
-        assert side.host == self.host
-
     async def guard(self, vm: str, role: Role, migration: str) -> str:
         self.guarded.add((role, migration))
         return "" if self.guards else "it has no lock driver"
 
     def unguard(self, vm: str, role: Role, migration: str) -> None:
         self.guarded.discard((role, migration))
+
+    async def attach(self, side: AgentSide) -> None:
+        assert side.host == self.host
 
 
 @dataclass

@@ -57,8 +57,10 @@ def test_vm_is_moved_by_hand(play) -> None:
     async def scenario(w: World, shell: Shell) -> None:
         w.fill("a", 500)
         out = await shell("migrate", VM, "--to", "b")
-        assert "outcome     complete" in out
-        assert "stopped by  agent" in out
+        assert "outcome      complete" in out
+        assert "stopped by   agent" in out
+        assert "connections  1,000 moved, 0 not moved" in out
+        assert "until its state was at the destination" in out
         assert "conntrack  1,000" in out
         report = (await shell.json("migration", "list"))[0]
         assert report["moved"]["conntrack"] == 1000 and report["done"]

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 from migrator.agent.guests.none import NoGuests
 from migrator.agent.guests.process import ProcessGuests
-from migrator.agent.guests.word import GuestEvent, GuestFailed, Remaining
+from migrator.agent.guests.word import BY_DEFAULT, GuestEvent, GuestFailed, MoveOptions, Remaining
 from migrator.agent.side import AgentSide
 from migrator.errors import ConfigInvalid
 from migrator.lifecycle.machine import Guest, Role
 
-__all__ = ["GuestDriver", "GuestEvent", "GuestFailed", "Remaining", "guest_driver", "whereabouts"]
+__all__ = ["GuestDriver", "GuestEvent", "GuestFailed", "MoveOptions", "Remaining", "guest_driver", "whereabouts"]
 
 
 class GuestDriver(Protocol):
@@ -36,8 +36,8 @@ class GuestDriver(Protocol):
 
     def states(self) -> Mapping[str, Guest]: ...
 
-    async def migrate(self, vm: str, to: str) -> None:
-        """Begin to move the VM's memory to host `to`."""
+    async def migrate(self, vm: str, to: str, options: MoveOptions = BY_DEFAULT) -> None:
+        """Begin to move the VM to host `to`. A driver that does not know an option leaves it."""
 
     async def leaving(self, vm: str) -> bool:
         """Is a move of the VM to another host in hand here? A hypervisor that does not speak of moves says yes."""
@@ -49,7 +49,10 @@ class GuestDriver(Protocol):
         """
 
     async def remaining(self, vm: str, downtime_ms: int) -> Remaining:
-        """How much is left to copy, and whether the guest may be stopped for it: no longer than `downtime_ms`."""
+        """How much is left to copy, and whether the guest may be stopped for it: no longer than `downtime_ms`.
+
+        0: as the VM or this host is configured.
+        """
 
     async def suspend(self, vm: str) -> None:
         """Stop the VM. In a move the hypervisor finishes it then by itself. The event `paused` follows."""
@@ -63,9 +66,6 @@ class GuestDriver(Protocol):
     def committed(self, vm: str) -> None:
         """All state is here: who has no hypervisor of its own runs here from now on."""
 
-
-def whereabouts(guests: GuestDriver, vm: str) -> Guest | None:
-    """What the hypervisor here says of the VM now; None: there is none, or it does not answer."""
     async def guard(self, vm: str, role: Role, migration: str) -> str:
         """Strict: from now on the hypervisor starts and stops this VM here only with the agent's word.
 
@@ -75,6 +75,9 @@ def whereabouts(guests: GuestDriver, vm: str) -> Guest | None:
     def unguard(self, vm: str, role: Role, migration: str) -> None:
         """That migration has nothing against a start any more. May be repeated, and said of what was not guarded."""
 
+
+def whereabouts(guests: GuestDriver, vm: str) -> Guest | None:
+    """What the hypervisor here says of the VM now; None: there is none, or it does not answer."""
     return (guests.state(vm) or Guest.GONE) if guests.speaks else None
 
 

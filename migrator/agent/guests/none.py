@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from migrator.agent.guests.word import GuestEvent, Remaining
+from migrator.agent.guests.word import BY_DEFAULT, GuestEvent, MoveOptions, Remaining
 from migrator.agent.side import AgentSide
 from migrator.lifecycle.machine import Guest, Role
 
@@ -43,8 +43,8 @@ class NoGuests:
     def states(self) -> Mapping[str, Guest]:
         return {}
 
-    async def migrate(self, vm: str, to: str) -> None:
-        del vm, to
+    async def migrate(self, vm: str, to: str, options: MoveOptions = BY_DEFAULT) -> None:
+        del vm, to, options
 
     async def leaving(self, vm: str) -> bool:
         del vm

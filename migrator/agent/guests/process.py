@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from migrator.agent.guests.word import GuestEvent, GuestFailed, Remaining
+from migrator.agent.guests.word import BY_DEFAULT, GuestEvent, GuestFailed, MoveOptions, Remaining
 from migrator.agent.side import AgentSide
 from migrator.errors import ConfigInvalid
 from migrator.lifecycle.machine import Guest, Role
@@ -25,6 +25,7 @@ _EVENTS = {"paused": "paused", "resumed": "running", "stopped": "gone", "migrati
 _AFTER = {"paused": Guest.PAUSED, "running": Guest.RUNNING, "gone": Guest.GONE}
 _MOVING = {"migrated", "failed", "cancelled"}
 REPLY_S = 5.0
+DOWNTIME_MS = 300  # wanted, where nobody says
 SCAN_S = 0.1
 
 
@@ -160,7 +161,8 @@ class ProcessGuests:
             raise GuestFailed(f"VM {vm} has no process here", hint=f"expected its socket in {self._directory}")
         return self._links[vm][0]
 
-    async def migrate(self, vm: str, to: str) -> None:
+    async def migrate(self, vm: str, to: str, options: MoveOptions = BY_DEFAULT) -> None:
+        del options  # a process moves in one way
         await self._link(vm).ask("migrate", to=to)
 
     async def leaving(self, vm: str) -> bool:
@@ -171,7 +173,7 @@ class ProcessGuests:
         del vm
 
     async def remaining(self, vm: str, downtime_ms: int) -> Remaining:
-        reply = await self._link(vm).ask("remaining", downtime_ms=downtime_ms)
+        reply = await self._link(vm).ask("remaining", downtime_ms=downtime_ms or DOWNTIME_MS)
         return Remaining(int(reply.get("bytes", 0)), bool(reply.get("converged")))
 
     async def suspend(self, vm: str) -> None:

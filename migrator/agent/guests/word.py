@@ -25,6 +25,27 @@ class GuestEvent:
 
 
 @dataclass(frozen=True)
+class MoveOptions:
+    """How a hypervisor is to move a VM. None, 0 and "" leave it as this host is configured.
+
+    `copy_storage`: "all", or "inc" for what is above a shared base. `persistent`, `undefine`: None for a VM that is
+    defined there as it was here. `uri`: of the hypervisor at the destination; `data_uri`: where memory is sent to.
+    """
+
+    bandwidth_mib_s: int = 0
+    postcopy: bool | None = None
+    copy_storage: str = ""
+    persistent: bool | None = None
+    undefine: bool | None = None
+    uri: str = ""
+    data_uri: str = ""
+    tunnelled: bool | None = None
+
+
+BY_DEFAULT = MoveOptions()
+
+
+@dataclass(frozen=True)
 class Remaining:
     """Memory of the guest that the other host does not have yet. `memory`: as in Migration.memory."""
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from migrator.agent.guests.word import GuestEvent, GuestFailed, Remaining
+from migrator.agent.guests.word import BY_DEFAULT, GuestEvent, GuestFailed, MoveOptions, Remaining
 from migrator.agent.libvirt import lockdriver, memory, moving
 from migrator.agent.libvirt.connection import Connection, Libvirt
 from migrator.agent.libvirt.domains import Happenings
@@ -154,13 +154,13 @@ class LibvirtGuests:
                 self._hearing.left_off(vm, "it ended without QEMU's part of it")
                 return
 
-    async def migrate(self, vm: str, to: str) -> None:
+    async def migrate(self, vm: str, to: str, options: MoveOptions = BY_DEFAULT) -> None:
         await self._begin(vm)
-        self._leaving[vm].watch = self._go(self._migrate(vm, to))
+        self._leaving[vm].watch = self._go(self._migrate(vm, to, options))
 
-    async def _migrate(self, vm: str, to: str) -> None:
+    async def _migrate(self, vm: str, to: str, options: MoveOptions) -> None:
         def work(conn: Libvirt) -> None:
-            moving.migrate(conn.lookupByUUIDString(vm), self.options, to)
+            moving.migrate(conn.lookupByUUIDString(vm), self.options, to, options)
 
         try:
             await self.connection.call_alone(work)

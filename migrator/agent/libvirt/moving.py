@@ -9,6 +9,7 @@ from typing import Any
 import libvirt
 import structlog
 
+from migrator.agent.guests.word import BY_DEFAULT, MoveOptions
 from migrator.agent.libvirt import memory
 from migrator.agent.libvirt.domain import read_xml
 from migrator.agent.libvirt.memory import Aim
@@ -60,21 +61,34 @@ def _limit(domain: Domain) -> int:
         return QEMU_LIMIT_MS
 
 
-def migrate(domain: Domain, options: LibvirtOptions, to: str) -> None:
-    """Have libvirtd here move the domain to `to`; returns when it has. Raises libvirtError."""
-    flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER
-    if domain.isPersistent():
-        flags |= libvirt.VIR_MIGRATE_PERSIST_DEST | libvirt.VIR_MIGRATE_UNDEFINE_SOURCE
-    if options.postcopy:
-        flags |= libvirt.VIR_MIGRATE_POSTCOPY
-    parameters: dict[str, Any] = {}
-    if options.tunnelled:
-        flags |= libvirt.VIR_MIGRATE_TUNNELLED
-    elif options.data_uri_of(to):
-        parameters[libvirt.VIR_MIGRATE_PARAM_URI] = options.data_uri_of(to)
-    if options.bandwidth_mib_s:
-        parameters[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH] = options.bandwidth_mib_s
-    domain.migrateToURI3(options.uri_of(to), parameters, flags)
+COPY_STORAGE = {"": 0, "all": libvirt.VIR_MIGRATE_NON_SHARED_DISK, "inc": libvirt.VIR_MIGRATE_NON_SHARED_INC}
+
+
+def migrate(domain: Domain, options: LibvirtOptions, to: str, order: MoveOptions = BY_DEFAULT) -> None:
+    """Have libvirtd here move the domain to `to`; returns when it has. Raises libvirtError.
+
+    What the order does not say is as configured.
+    """
+    defined = bool(domain.isPersistent())
+    tunnelled = _either(order.tunnelled, options.tunnelled)
+    wanted = {
+        libvirt.VIR_MIGRATE_PERSIST_DEST: _either(order.persistent, defined),
+        libvirt.VIR_MIGRATE_UNDEFINE_SOURCE: _either(order.undefine, defined),
+        libvirt.VIR_MIGRATE_POSTCOPY: _either(order.postcopy, options.postcopy),
+        libvirt.VIR_MIGRATE_TUNNELLED: tunnelled,
+    }
+    flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER | COPY_STORAGE[order.copy_storage]
+    flags |= sum(flag for flag, on in wanted.items() if on)
+    data_uri = "" if tunnelled else order.data_uri or options.data_uri_of(to)
+    bandwidth = order.bandwidth_mib_s or options.bandwidth_mib_s
+    parameters: dict[str, Any] = {libvirt.VIR_MIGRATE_PARAM_URI: data_uri} if data_uri else {}
+    if bandwidth:
+        parameters[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH] = bandwidth
+    domain.migrateToURI3(order.uri or options.uri_of(to), parameters, flags)
+
+
+def _either(ordered: bool | None, configured: bool) -> bool:
+    return configured if ordered is None else ordered
 
 
 @dataclass(frozen=True)
