@@ -163,16 +163,21 @@ def test_a_source_that_is_dead_keeps_nothing_waiting(lab: Lab) -> None:
     assert b.receive() == datagram(B, A)
 
 
-@pytest.mark.parametrize("lease, reason", [(PAST, "DROP_LEASE"), (0, "")])
-def test_a_lease_ends_a_hold(lab: Lab, lease: int, reason: str) -> None:
-    a, _ = two_ports(lab, gate=SHUT, lease=lease)
+@pytest.mark.parametrize("gate", [SHUT, MODEL.GATE_REDIRECT | 1 << 8], ids=["local", "redirect"])
+@pytest.mark.parametrize("state", [MODEL.PORT_ACTIVE, MODEL.PORT_QUIESCED], ids=["active", "quiesced"])
+@pytest.mark.parametrize("lease", [PAST, 0], ids=["passed", "none"])
+def test_a_lease_ends_a_hold(lab: Lab, lease: int, state: int, gate: int) -> None:
+    """An agent that died before it stopped the guest leaves it its network; any other hold ends in drops."""
+    a, b = two_ports(lab, gate=gate, state=state, lease=lease)
     tap = lab.tap(2, MODEL.DEVICE_HOLD_TO)
     lab.change_port(2, hold_to=tap.ifindex)
     a.send(datagram(B, A))
-    if reason:
-        wait_for(lambda: lab.drops(2) == {getattr(MODEL, reason): 1}, "drop counted")
-    else:
+    if not lease:
         assert read_all(tap, 1) == [datagram(B, A)]
+    elif (state, gate) == (MODEL.PORT_ACTIVE, SHUT):
+        assert b.receive() == datagram(B, A)
+    else:
+        wait_for(lambda: lab.drops(2) == {MODEL.DROP_LEASE: 1}, "drop counted")
 
 
 def test_a_lease_says_nothing_of_an_open_port(lab: Lab) -> None:

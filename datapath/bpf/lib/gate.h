@@ -84,8 +84,8 @@ static __always_inline int gate_pass(struct __sk_buff *skb, struct port *port, _
 
 /*
  * A VM that has just moved here: its shut gate holds what comes by itself until the source has passed on what it held,
- * or the order of a flow would break. What the source sends goes past the hold: PATH_PASSED is added to `path`. A
- * source that is dead keeps nothing waiting for ever: the lease. Returns enum drop_reason.
+ * or the order of a flow would break. What the source sends goes past the hold: PATH_PASSED is added to `path`.
+ * Returns enum drop_reason.
  */
 static __always_inline int gate_source_first(const struct port *port, __u32 *path)
 {
@@ -95,9 +95,19 @@ static __always_inline int gate_source_first(const struct port *port, __u32 *pat
 		return DROP_NONE;
 	if (*path & PATH_FLOOD)
 		return DROP_BROADCAST_PATH;
-	if ((*path & PATH_MOVED) || lease_passed(port))
+	if (*path & PATH_MOVED)
 		*path |= PATH_PASSED;
 	return DROP_NONE;
+}
+
+/*
+ * Has a hold outlived its reason? The port is active and its lease has passed: the agent died before it stopped the
+ * guest, or the source of a VM that has moved here is dead. The guest runs here and gets what comes; what is held
+ * already waits for the agent.
+ */
+static __always_inline int gate_hold_over(const struct port *port, __u64 gate)
+{
+	return GATE_TARGET(gate) == GATE_LOCAL && PORT_STATE(READ_ONCE(port->word)) == PORT_ACTIVE;
 }
 
 /*
@@ -119,9 +129,12 @@ __noinline int deliver(struct __sk_buff *skb, __u32 slot, __u32 path)
 	reason = gate_source_first(port, &path);
 	if (reason)
 		return drop_at(skb, port, TO_GUEST, reason);
-	if (!(path & (PATH_PASSED | PATH_JUDGED)) && (GATE_SHUT(gate) || READ_ONCE(port->held_to))) {
-		if (GATE_SHUT(gate) && lease_passed(port))
+	if (GATE_SHUT(gate) && lease_passed(port) && !(path & (PATH_PASSED | PATH_JUDGED))) {
+		if (!gate_hold_over(port, gate))
 			return drop_at(skb, port, TO_GUEST, DROP_LEASE);
+		path |= PATH_PASSED;
+	}
+	if (!(path & (PATH_PASSED | PATH_JUDGED)) && (GATE_SHUT(gate) || READ_ONCE(port->held_to))) {
 		reason = hold(skb, &port->held_to, port->hold_to);
 		if (reason)
 			return drop_at(skb, port, TO_GUEST, reason);

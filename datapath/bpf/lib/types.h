@@ -84,9 +84,9 @@ struct port {
 	__u64 word;
 	__u64 commit; /* epoch that was committed, 0 none */
 	__u64 gate;
-	__s64 held_to;   /* frames in the hold tap towards the guest */
-	__s64 held_from; /* frames in the hold tap from the guest */
-	__u64 lease; /* ktime after which STAGED, QUIESCED, a shut gate and a redirect stop acting (drop), 0 never */
+	__s64 held_to;    /* frames in the hold tap towards the guest */
+	__s64 held_from;  /* frames in the hold tap from the guest */
+	__u64 lease;      /* ktime after which STAGED, QUIESCED and a redirect drop and ACTIVE holds no more, 0 never */
 	__u64 time_base;  /* port time = ktime - time_base */
 	__u64 time_floor; /* expiry takes no entry as seen before this port time (full timeout after an activation) */
 	__u64 redirected; /* ktime of the last frame through the redirect */
