@@ -22,6 +22,7 @@ import structlog
 
 from datapath.errors import Error
 from migrator.agent.libvirt.guests import LibvirtGuests
+from migrator.agent.switchover import MEMORY_POLL_S
 from migrator.errors import error_name
 from migrator.lab.processes import wait_until
 
@@ -113,12 +114,21 @@ async def _obey(guests: LibvirtGuests, order: dict[str, Any]) -> None:
             value: Any = guests.state(order["vm"])
         elif op == "speaks":
             value = guests.speaks
+        elif op == "lead":
+            value = await _lead(guests, order["vm"])
         else:
             value = await getattr(guests, op)(**order)
     except Error as error:
         return _say({"id": number, "error": f"{error_name(error)}: {error}", "hint": error.hint})
     _say({"id": number, "value": asdict(value) if op == "remaining" else value})
     return None
+
+
+async def _lead(guests: LibvirtGuests, vm: str) -> None:
+    """As the source of a migration does."""
+    while not (await guests.remaining(vm, 1)).converged:
+        await asyncio.sleep(MEMORY_POLL_S)
+    await guests.suspend(vm)
 
 
 async def _main(options: Mapping[str, Any]) -> None:

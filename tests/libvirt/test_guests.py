@@ -24,6 +24,7 @@ from .lab.guests import LIVE
 Word = tuple[str, bool, str]
 STOPPED: Word = ("paused", True, "migrated")
 SLOW_MIB_S = 1
+LEISURELY_MIB_S = 48  # slow enough for QEMU to see that it cannot stop the guest yet
 OTHER = {"h1": "h2", "h2": "h1"}
 
 
@@ -51,7 +52,7 @@ class Here:
     def __init__(self, guest: GuestMachine, drivers: dict[str, Driven]) -> None:
         self.guest = guest
         self.vm = guest.uuid
-        self.place = guest.place()
+        self.place = wait_until("the guest runs", guest.place)
         self.to = OTHER[self.place]
         self.own, self.far = drivers[self.place], drivers[self.to]
         wait_until("the driver knows that it runs", lambda: self.state() == "running")
@@ -136,14 +137,14 @@ def test_a_move_by_somebody_else_is_heard_at_both_ends(here: Here) -> None:
     assert [e["detail"] for e in here.far.happenings] == ["migrated"]
 
 
-def test_the_agent_moves_and_leads(here: Here) -> None:
+def test_the_agent_moves_and_leads(here: Here, bridged: LibvirtLab, options: dict[str, Any]) -> None:
     """It stops the guest before QEMU would, in the first pass; libvirt does the rest."""
     allow_downtime(here.guest)
-    here.own.call("migrate", vm=here.vm, to=here.to)
-    here.copies()
-    here.own.call("suspend", vm=here.vm)
-    here.hear(STOPPED, ("gone", True, "migrated"), ("measured", True, ""))
-    assert here.guest.place() == here.to
+    with driven({**options, "uri": bridged.hosts[here.place].uri, "bandwidth_mib_s": LEISURELY_MIB_S}) as driver:
+        driver.call("migrate", vm=here.vm, to=here.to)
+        driver.call("lead", vm=here.vm)
+        here.hear(STOPPED, ("gone", True, "migrated"), ("measured", True, ""))
+    wait_until("it runs there", lambda: here.guest.place() == here.to)
     assert last_move(here.guest).passes <= 3
     here.guest.booted()
 
@@ -154,7 +155,7 @@ def test_a_move_is_aborted(
     bridged: LibvirtLab, guest: GuestMachine, options: dict[str, Any], stopped: bool, who: str
 ) -> None:
     """Before and after the pause; libvirt starts the guest again."""
-    place = guest.place()
+    place = wait_until("the guest runs", guest.place)
     slow = {**options, "uri": bridged.hosts[place].uri, "bandwidth_mib_s": SLOW_MIB_S}
     with driven(slow) as driver:
         driver.call("migrate", vm=guest.uuid, to=OTHER[place])

@@ -43,7 +43,6 @@ class _Leaving:
     tuned: moving.Tuned
     cancelled: bool = False
     measures: Mapping[str, float] = field(default_factory=dict)
-    error: GuestFailed | None = None  # why there are none
     asked: float = 0.0  # when the answer came
     asking: asyncio.Task[None] | None = None
     watch: asyncio.Task[None] | None = None
@@ -127,11 +126,15 @@ class LibvirtGuests:
     # ---- moves ----
 
     async def leaving(self, vm: str) -> bool:
+        return await self._leaves(vm, unknown=False)
+
+    async def _leaves(self, vm: str, *, unknown: bool) -> bool:
+        """`unknown` where libvirt does not say."""
         try:
             return await self._domain(vm, lambda domain: memory.leaving(domain.jobStats()))
         except GuestFailed as error:
             self._log.info("not known whether the VM leaves", vm=vm, error=str(error))
-            return False
+            return unknown
 
     async def accompany(self, vm: str) -> None:
         if not await self.leaving(vm):
@@ -149,7 +152,7 @@ class LibvirtGuests:
         """A move can end where it began before QEMU had a part in it: no event tells of that."""
         while self._hearing.track(vm).move is Move.OUT:
             await asyncio.sleep(JOB_POLL_S)
-            if self.connection.up and not await self.leaving(vm) and self.connection.up:
+            if not await self._leaves(vm, unknown=True):
                 await asyncio.sleep(JOB_POLL_S)  # events of a good end come about now
                 self._hearing.left_off(vm, "it ended without QEMU's part of it")
                 return
@@ -176,8 +179,6 @@ class LibvirtGuests:
             return memory.remaining(aim, await self._measures(vm))
         if known.asking is None and time.monotonic() >= known.asked + MEASURE_S:
             known.asking = self._go(self._ask(vm, known))
-        if known.error is not None:
-            raise known.error
         # QEMU's word of a pass is not kept waiting by a question that libvirt is slow to answer.
         return memory.remaining(aim, known.measures, passes=track.passes)
 
@@ -187,11 +188,14 @@ class LibvirtGuests:
         return tuned.aim(self.options.aim, order_ms)
 
     async def _ask(self, vm: str, known: _Leaving) -> None:
-        """What QEMU counts; each question costs its main loop some time."""
+        """What QEMU counts; each question costs its main loop some time.
+
+        No answer is no reason to end the move: QEMU may stop the guest by itself then.
+        """
         try:
-            known.measures, known.error = await self._measures(vm), None
+            known.measures = await self._measures(vm)
         except GuestFailed as error:
-            known.error = error
+            self._log.info("not known how much memory is left", vm=vm, error=str(error))
         known.asking, known.asked = None, time.monotonic()
 
     async def _measures(self, vm: str) -> Mapping[str, float]:
