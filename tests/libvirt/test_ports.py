@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.lab import netns
-from migrator.lab.machines import Machine, Port, add_peer
+from migrator.lab.machines import Machine, Port, add_outsider, add_peer
 from migrator.lab.processes import wait_until
 
 from .lab import GuestMachine, LibvirtCluster, Wiring, add_guest
@@ -32,7 +34,10 @@ MAC, SECOND = "52:54:00:00:01:01", "52:54:00:00:01:02"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LibvirtCluster]:
     """One libvirt host with our hook, and a host for peers."""
-    with LibvirtCluster(("h1", "h3"), ("h1",), {"driver": "libvirt"}, networks=NETWORKS) as made:
+    uplinks = {"uplinks": ["up0", "up1"]}
+    with LibvirtCluster(
+        ("h1", "h3"), ("h1",), {"driver": "libvirt"}, networks=NETWORKS, driver_options=uplinks
+    ) as made:
         made.apply(policies=POLICIES)
         host = made.hosts["h1"]
         shutil.copy(HOOK, host.hooks / "migrator")
@@ -92,6 +97,10 @@ class Guests:
 
     def here(self, guest: GuestMachine) -> dict[str, pb.PortStatus]:
         return {one.instance.mac: one for one in self.cluster.ports("h1") if one.instance.vm == guest.uuid}
+
+    def set_metadata(self, guest: GuestMachine, text: str) -> None:
+        live, element = libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_METADATA_ELEMENT
+        self.domain(guest).setMetadata(element, text, "p", NAMESPACE, live)
 
     def log(self) -> str:
         return self.cluster.agents["h1"].tail()
@@ -153,6 +162,29 @@ def test_a_start_declares_and_a_destroy_leaves_nothing(
 
 
 @pytest.mark.slow
+def test_a_tap_in_a_bridge_has_the_name_that_libvirt_gives(
+    cluster: LibvirtCluster, guests: Guests, peer: Machine
+) -> None:
+    """Nobody knows it before QEMU is about to run; what the bridge floods into it the guest does not see."""
+    netns.ip_batch(cluster.name("h1"), ["link add br0 type bridge", "link set br0 up", "addr add 10.1.0.99/16 dev br0"])
+    guest = guests.define(MAC, wiring=Wiring("bridge", bridge="br0"))
+    guests.host.define(re.sub(r"<target dev=[^>]*>", "", guest.xml))
+    guests.start(guest)
+    (port,) = guests.declared(guest).values()
+    assert port.device == "p{mac6}{vm8}" and port.devices["h1"].startswith("vnet")
+    assert guests.here(guest)[MAC].device == port.devices["h1"]
+    talker = guest.worker("tcp")
+    assert talker.call("connect", address=peer.address, port=7000, count=3)["connected"] == 3
+    with netns.entered(cluster.path("h1")), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"x", (guest.address, 9))  # the host asks for the guest's MAC by its bridge
+    guests.until("its question is dropped", lambda: guests.here(guest)[MAC].drops.get("not-ours", 0))
+    assert talker.call("check", size=1000)["lost"] == 0
+    guests.domain(guest).destroy()
+    guests.forgotten(guest)
+    netns.ip("link", "del", "br0", namespace=cluster.name("h1"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["save", "managed"])
 def test_a_save_takes_the_connections_along(cluster: LibvirtCluster, guests: Guests, peer: Machine, how: str) -> None:
     guest = guests.define(MAC)
@@ -204,14 +236,12 @@ def test_interfaces_come_and_go_while_it_runs(guests: Guests, peer: Machine) -> 
     guests.domain(guest).detachDeviceFlags(nic, libvirt.VIR_DOMAIN_AFFECT_LIVE)
     guests.until("the port is gone", lambda: list(guests.here(guest)) == [MAC])
     assert guest.worker("tcp").call("check", size=500)["lost"] == 0
-    metadata = ports_xml(MAC, policy="any", rest='connections-max="1024"')
-    guests.domain(guest).setMetadata(
-        libvirt.VIR_DOMAIN_METADATA_ELEMENT, metadata, "p", NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE
-    )
+    guests.set_metadata(guest, ports_xml(MAC, policy="any"))
     guests.until("the policy is another", lambda: guests.declared(guest)[MAC].policy == "any")
     assert guest.worker("tcp").call("check", size=500)["lost"] == 0
     guests.domain(guest).reset(0)
-    guest.booted()
+    guests.set_metadata(guest, ports_xml(MAC, policy="in"))
+    guests.until("the policy is another", lambda: guests.declared(guest)[MAC].policy == "in")
     assert guests.here(guest)[MAC].instance.epoch == 1, "a reset is no start"
 
 
@@ -222,9 +252,7 @@ def test_a_running_vm_is_adopted_when_the_agent_comes(cluster: LibvirtCluster, g
     agent = cluster.agents["h1"]
     agent.stop()
     guests.start(guest)  # not ours yet: the hook lets it through
-    guests.domain(guest).setMetadata(
-        libvirt.VIR_DOMAIN_METADATA_ELEMENT, ports_xml(MAC), "p", NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE
-    )
+    guests.set_metadata(guest, ports_xml(MAC))
     cluster.restart(agent)
     guests.until("the port is declared", lambda: MAC in guests.declared(guest))
     assert guests.declared(guest)[MAC].learning and "learning" in cluster.cli("port", "list").stdout
@@ -238,6 +266,39 @@ def test_a_running_vm_is_adopted_when_the_agent_comes(cluster: LibvirtCluster, g
     cluster.cli("port", "show", MAC)
     guests.domain(guest).destroy()
     guests.forgotten(guest)
+
+
+@pytest.mark.slow
+def test_connections_of_a_bridge_outlive_the_adoption(cluster: LibvirtCluster, guests: Guests) -> None:
+    """A host as it was before: uplink and tap in one bridge. The VM's port takes up what is under way."""
+    bridge_to_fabric(cluster)
+    outside = add_outsider(cluster, "outside", Port("02:00:00:00:01:30", "", ("10.1.0.30",)))
+    outside.worker("tcp").call("listen", address="0.0.0.0", port=7000)
+    guest = guests.define(MAC, metadata="", wiring=Wiring("bridge", bridge="br0"))
+    guests.start(guest)
+    talker = guest.worker("tcp")
+    assert talker.call("connect", address=outside.address, port=7000, count=10)["connected"] == 10
+    cluster.apply(networks=[{"name": "flat", "kind": "uplink", "uplink": "up1"}])
+    guests.set_metadata(guest, ports_xml(MAC, network="flat", policy="any"))
+    guests.until("the port is open", lambda: MAC in guests.here(guest))
+    assert guests.declared(guest)[MAC].learning
+    assert talker.call("check", size=2000)["lost"] == 0
+    assert guests.here(guest)[MAC].counters["packets_from"] > 0, "by the switch"
+    cluster.cli("port", "enforce", guest.uuid)
+    guests.until("it enforces", lambda: not guests.declared(guest)[MAC].learning)
+    assert talker.call("check", size=2000)["lost"] == 0
+    guests.domain(guest).destroy()
+    guests.forgotten(guest)
+    cluster.coordinator_stub().Remove(pb.Removal(sort="network", name="flat"), timeout=5)
+
+
+def bridge_to_fabric(cluster: LibvirtCluster) -> None:
+    """br0 on h1, on the fabric by a wire of its own, untagged."""
+    name = cluster.name("h1")
+    netns.set_sysctl(name, "net/ipv4/conf/all/arp_ignore", 1)  # the bridge does not answer for up0
+    cluster.wire("h1", "up1", "fabric", "h1-up1")
+    netns.ip_batch(cluster.name("fabric"), ["link set h1-up1 master br0 up"])
+    netns.ip_batch(name, ["link add br0 type bridge", "link set up1 master br0 up", "link set br0 up"])
 
 
 @pytest.mark.slow
