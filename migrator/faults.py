@@ -1,8 +1,9 @@
 """A place to stand still: how tests stop a daemon in the middle of a migration, and kill it or another one there.
 
 Off unless MIGRATOR_FAULT names a file. The file names one point, `ROLE.PHASE` with ROLE source, destination or
-coordinator. The process that comes to it, the new phase stored and nothing of it done yet, removes the file and stops
-as by SIGSTOP, all of its threads: whoever watches it may kill it then, or let it go on with SIGCONT.
+coordinator, or `hook.OPERATION` of libvirt's hook. The process that comes to it, the new phase stored and nothing of
+it done yet, removes the file and stops as by SIGSTOP, all of its threads: whoever watches it may kill it then, or let
+it go on with SIGCONT.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.agent import orders
 from migrator.agent.destination import DestinationEnd
 from migrator.agent.end import End, Surroundings
-from migrator.agent.guests import GuestEvent, whereabouts
+from migrator.agent.guests import GuestEvent, found, whereabouts
 from migrator.agent.source import SourceEnd
 from migrator.errors import AlreadyMigrating, Corrupt, MigrationNotFound, PreflightFailed
 from migrator.lifecycle import destination as destination_machine
@@ -223,10 +223,11 @@ class Ends:
         end = SourceEnd(self._around, pb.StartSource.FromString(bytes.fromhex(saved["order"])), state)
         await end.call(end.ports.recall)
         # A guest without a hypervisor runs here unless the destination may have been told to commit.
-        said = self._around.guests.state(end.vm)
+        unsaid = Guest.PAUSED if state.final else Guest.RUNNING
+        guest = found(self._around.guests, end.vm, unsaid=unsaid)
         await self._guard_again(end)
         end.begin(())
-        end.post(leaving.Restarted(said or (Guest.PAUSED if state.final else Guest.RUNNING)))
+        end.post(leaving.Restarted(guest))
         return end
 
     async def _recall_destination(self, saved: dict[str, Any]) -> DestinationEnd:

@@ -45,10 +45,15 @@ def hooked(**guests: Any) -> Iterator[LibvirtCluster]:
     """Two libvirt hosts h1 and h2 with hook and agent, h3 for peers. `guests`: options of libvirt's driver."""
     driver = {"driver": "libvirt", **guests}
     with LibvirtCluster(networks=NETWORKS, guests=driver, migration_options={"redirect_idle_s": 3.0}) as cluster:
-        for host in cluster.hosts.values():
-            host.run_inside(sys.executable, "-m", "migrator.cli.main", "libvirt", "install", "--reload")
+        install(cluster)
         cluster.apply(policies=[OUT, OPEN])
         yield cluster
+
+
+def install(cluster: LibvirtCluster) -> None:
+    """As the operator does."""
+    for host in cluster.hosts.values():
+        host.run_inside(sys.executable, "-m", "migrator.cli.main", "libvirt", "install", "--reload")
 
 
 def metadata(*ports: Port, policy: str = "out", **attributes: str) -> str:

@@ -13,7 +13,16 @@ from migrator.agent.side import AgentSide
 from migrator.errors import ConfigInvalid
 from migrator.lifecycle.machine import Guest, Role
 
-__all__ = ["GuestDriver", "GuestEvent", "GuestFailed", "MoveOptions", "Remaining", "guest_driver", "whereabouts"]
+__all__ = [
+    "GuestDriver",
+    "GuestEvent",
+    "GuestFailed",
+    "MoveOptions",
+    "Remaining",
+    "found",
+    "guest_driver",
+    "whereabouts",
+]
 
 
 class GuestDriver(Protocol):
@@ -79,6 +88,14 @@ class GuestDriver(Protocol):
 def whereabouts(guests: GuestDriver, vm: str) -> Guest | None:
     """What the hypervisor here says of the VM now; None: there is none, or it does not answer."""
     return (guests.state(vm) or Guest.GONE) if guests.speaks else None
+
+
+def found(guests: GuestDriver, vm: str, *, unsaid: Guest) -> Guest:
+    """Where an agent that starts takes the VM to be. `unsaid`: where it is if there is nobody who could say it.
+
+    A hypervisor that does not answer yet leaves it open: PAUSED, until an event says more.
+    """
+    return unsaid if isinstance(guests, NoGuests) else whereabouts(guests, vm) or Guest.PAUSED
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from migrator.agent.libvirt.operations import Operations
 from migrator.agent.libvirt.saved import Saved
 from migrator.agent.libvirt.taps import Taps
 from migrator.agent.side import AgentSide
+from migrator.faults import reach
 
 if TYPE_CHECKING:
     from migrator.agent.libvirt.guests import LibvirtGuests
@@ -64,6 +65,7 @@ class Service:
 
     async def _hook(self, request: Request) -> Reply:
         self._hooks += 1
+        reach("hook", request.get("operation", ""))
         return await self._operations.answer(request)
 
     async def _status(self, _: Request) -> Reply:

@@ -116,9 +116,11 @@ class HostDaemon(Daemon):
         self._signal(signal.SIGHUP)
 
     def _signal(self, number: int) -> None:
-        if self.running() and self._pid:
+        """nsenter stops with a child that stops, and would not see it end."""
+        if self.process is not None and self.running() and self._pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, number)
+            self.process.send_signal(signal.SIGCONT)
 
 
 def _children(parent: int) -> Iterator[int]:
