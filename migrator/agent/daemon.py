@@ -88,7 +88,10 @@ class Agent:
         if missing:
             raise FeatureMissing("; ".join(missing), hint="migrator doctor shows all of it")
         await asyncio.to_thread(self.driver.start, options, self._switch_event)
-        await self.guests.start(self._guest_event)
+        if await asyncio.to_thread(self.driver.ports):
+            await self.guests.start(self._guest_event)
+        else:  # a host that starts: its hypervisor may wait for this agent
+            self._go(self.guests.start(self._guest_event))
         await self.hosting.recall()
         await self.ends.recall()
         await self._serve()
@@ -130,7 +133,6 @@ class Agent:
         self.store.close()
         if self._socket is not None:  # it may be another agent's as long as we have not made it
             self._socket.unlink(missing_ok=True)
-        if self._socket is not None:
             self._log.info("agent stopped", host=self.host)
 
     def _go(self, work: Coroutine[Any, Any, None]) -> None:

@@ -289,6 +289,7 @@ class Ends:
 def _tell_source(end: SourceEnd, event: GuestEvent) -> None:
     if event.what == "measured":
         end.report.memory.update(event.memory)
+        end.tell_waiters()
         end.tell_now("running")
     elif event.what == "running":
         end.post(leaving.GuestResumed())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prometheus_client import start_http_server
 
-from migrator import logs
+from migrator import logs, notify
 from migrator.agent.config import AgentConfig, read_config
 from migrator.agent.daemon import Agent
 
@@ -38,6 +38,7 @@ async def _run(config: AgentConfig) -> None:
     agent = Agent(config)
     try:
         await agent.start()
+        notify.ready()
         await stopped.wait()
     finally:
         await agent.stop()

@@ -37,6 +37,11 @@ class Report:
         if text not in self.warnings:
             self.warnings.append(text)
 
+    @property
+    def measured(self) -> bool:
+        """Has the hypervisor said what the move took, if it says anything? It does a moment after the guest's start."""
+        return not self.memory or "downtime_ms" in self.memory
+
     def mark(self, name: str, at: float = 0.0) -> None:
         """Remember when something happened; the first time counts."""
         self.marks.setdefault(name, at or time.monotonic())

@@ -31,7 +31,7 @@ from migrator.lifecycle.source_words import Phase
 ETHERNET = 14
 PROBE_FIRST_S = 0.2
 RESUME_TRIES = 3
-ABORT_S = 1.0
+ABORT_S = MEASURED_S = 1.0
 LEASED = frozenset({Phase.HOLDING, Phase.SUSPENDING, Phase.DRAINING, Phase.DRAINED, *words.UNSURE, *words.LEFT})
 
 
@@ -327,6 +327,7 @@ class SourceEnd(End):
                 while (sections := await self.call(next, tables, None)) is not None:
                     for section in sections:
                         await self._write(pb.FromSource(section=section))
+            await self.until(lambda: self.report.measured, MEASURED_S)
             await self._write(pb.FromSource(settle_end=pb.Empty()))
         except PeerLost as error:
             self.post(words.PeerLost(str(error)))

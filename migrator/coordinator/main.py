@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
 import structlog
 from prometheus_client import start_http_server
 
-from migrator import logs
+from migrator import logs, notify
 from migrator.coordinator.cluster import Cluster
 from migrator.coordinator.service import serve
 from migrator.coordinator.settings import Settings, load
@@ -48,7 +46,7 @@ async def _serve(settings: Settings) -> None:
         if settings.metrics_port:
             start_http_server(settings.metrics_port, settings.metrics_address)
         log.info("coordinator serves", listen=settings.listen, port=port, revision=cluster.store.revision)
-        _tell_systemd()
+        notify.ready()
         await stop.wait()
         log.info("coordinator stops")
         cluster.stop()
@@ -63,13 +61,3 @@ def _open_journal(state_dir: Path) -> SqliteJournal:
     except OSError as error:
         raise ConfigInvalid(f"state_dir {state_dir}: {error.strerror}") from None
     return SqliteJournal(state_dir / "journal.sqlite")
-
-
-def _tell_systemd() -> None:
-    """sd_notify(3): READY=1, when started by a unit of Type=notify."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.connect("\0" + address[1:] if address.startswith("@") else address)
-        notify.send(b"READY=1")
