@@ -74,7 +74,7 @@ class Wires:
         self.assert_conserved(flow)
 
     def assert_conserved(self, flow: Flow, *, taken: int = 0) -> None:
-        """No host keeps, makes or doubles a number; but those `taken` out of a guest's queue count at two taps."""
+        """No host keeps, makes or doubles a number; but what was `taken` out of a guest's queue may be on two taps."""
         extra = 0
         for host in self.hosts:
             entered = Counter(self.uplink(host, flow, "in")) + Counter(self.tap(host, flow.sender, flow, "in"))
@@ -83,7 +83,9 @@ class Wires:
             assert not lost, f"flow {flow.number}: {host} did not pass on {lost[:20]}"
             assert taken or not made, f"flow {flow.number}: {host} doubled {made[:20]}"
             extra += len(made)
-        assert extra == taken, f"flow {flow.number}: {extra} numbers came twice, {taken} were taken out of a queue"
+        assert extra <= taken, (
+            f"flow {flow.number}: {extra} numbers came twice, {taken} frames were taken out of a queue"
+        )
         self._assert_fabric(flow)
 
     def _assert_once(self, machine: Machine, flow: Flow, way: str, sent: list[int]) -> None:

@@ -33,6 +33,7 @@ class Tap:
 
     device: str
     tap: socket.socket | None = None
+    gone: bool = False  # the device went: what was captured before is read to its end
     passed: dict[tuple[int, str], list[int]] = field(default_factory=dict)
 
     def note(self, way: str, frame: bytes) -> None:
@@ -44,14 +45,13 @@ class Tap:
     def drain(self, most: int) -> bool:
         """Read what waits, at most so many; False when the device has gone and nothing of it is left."""
         assert self.tap is not None
-        gone = False
         for _ in range(most):
             try:
                 frame, address = self.tap.recvfrom(FRAME_MAX)
             except BlockingIOError:
-                return not gone
+                return not self.gone
             except OSError:  # said once for each of down and gone; what was captured before comes behind it
-                gone = True
+                self.gone = True
                 continue
             self.note("out" if address[2] == OUTGOING else "in", frame)
         return True
@@ -93,7 +93,7 @@ class Wire:
         if not there:
             made.close()
             return self.loop.after(LOOK_AGAIN_S, lambda: self._look_for(tap))
-        tap.tap = made
+        tap.tap, tap.gone = made, False
         return self.loop.watch(made.fileno(), lambda: self._read(tap, BATCH))
 
     def _read(self, tap: Tap, most: int) -> None:
