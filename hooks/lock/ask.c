@@ -137,9 +137,11 @@ static void copy_reason(const char *line, char *reason)
 	size_t used = 0;
 
 	for (from = from ? from + strlen(NO_REASON) : ""; *from && *from != '"' && used < REASON_BYTES - 1; from++) {
-		if (*from == '\\' && from[1])
+		bool escaped = *from == '\\' && from[1];
+
+		if (escaped)
 			from++;
-		reason[used++] = (*from < ' ') ? ' ' : *from;
+		reason[used++] = (escaped && strchr("nrt", *from)) ? ' ' : *from;
 	}
 	reason[used] = '\0';
 }

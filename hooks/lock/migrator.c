@@ -25,8 +25,13 @@
 #include "ask.h"
 #include "lock_driver.h"
 
+#ifndef CONFIG
 #define CONFIG "/etc/migrator/hook.conf"
-enum { WAIT_MS = 2000, AGAIN_MS = 20 };
+#endif
+#ifndef WAIT_MS
+#define WAIT_MS 2000
+#endif
+#define AGAIN_MS 20
 
 /* Written by `init` only, before libvirtd has any VM. */
 static struct agent agent;
