@@ -105,7 +105,7 @@ def test_status_names_each_problem(
 def test_the_wheel_brings_the_hook(tmp_path: Path) -> None:
     """Built beside the tree: setuptools leaves traces where it builds."""
     tree = tmp_path / "tree"
-    for part in ("datapath", "migrator", "hooks"):
+    for part in ("datapath", "migrator", "hooks", "tools"):
         shutil.copytree(TREE / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(TREE / name, tree / name)
