@@ -121,7 +121,7 @@ class Held:
         return (await self._w.finish(migration)).outcome
 
 
-def test_both_sides_wait_for_the_commit(tmp_path: Path) -> None:
+def test_rule_strict_waits_for_the_commit(tmp_path: Path) -> None:
     async def test(w: World, a: Household, b: Household) -> None:
         held = Held(w)
         migration = await held.begin()
@@ -142,7 +142,7 @@ def test_both_sides_wait_for_the_commit(tmp_path: Path) -> None:
     scenario(tmp_path, test)
 
 
-def test_a_start_at_the_source_activates_its_ports_first(tmp_path: Path) -> None:
+def test_rule_a_start_at_the_source_activates_its_ports_first(tmp_path: Path) -> None:
     async def test(w: World, a: Household, *_: Household) -> None:
         held = Held(w)
         migration = await held.begin()

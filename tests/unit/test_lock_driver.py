@@ -213,7 +213,7 @@ def test_a_refusal_is_told_to_libvirts_caller(driver: LockDriver, library: Path)
 
 
 @pytest.mark.parametrize("answer", [None, "", "{}\n", "x" * 5000 + "\n", '{"ok":true}\n'])
-def test_an_arrival_without_a_word_is_refused(driver: LockDriver, answer: str | None) -> None:
+def test_rule_an_arrival_without_a_word_is_refused(driver: LockDriver, answer: str | None) -> None:
     driver.mark("arriving")
     with closing(Agent(driver.run, *[answer] * 500)):
         refused, seconds = timed(driver.acquire)
