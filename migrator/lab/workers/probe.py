@@ -8,6 +8,7 @@
     sending {flow}                                          how many were sent so far
     report {below}                                          of all flows received (or answered), up to a number
     timeline {flow}                                         when each number was sent, which have no answer
+    silence {flow}                                          the longest since last asked: ms, and when it ended
 
 A number is answered when its answer is seen; the network between is all that can lose it: sockets are large.
 """
@@ -41,8 +42,14 @@ class Arrivals:
     newest: int = -1
     doubled: int = 0
     overtaken: int = 0
+    last: float = 0.0  # time.monotonic() of the newest arrival
+    silence: tuple[float, float] = (0.0, 0.0)  # seconds without any, and time.time() when that ended
 
     def note(self, number: int) -> None:
+        now = time.monotonic()
+        if self.last and now - self.last > self.silence[0]:
+            self.silence = (now - self.last, time.time())
+        self.last = now
         if number >= len(self.seen):
             self.seen.extend(bytes(max(1024, number + 1 - len(self.seen))))
         self.doubled += self.seen[number]
@@ -92,6 +99,7 @@ class Probe:
             "sending": lambda order: {"sent": self.senders[order["flow"]].sent},
             "report": self.report,
             "timeline": self.timeline,
+            "silence": self.silence,
         }
 
     def echo(self, order: Message) -> Message:
@@ -133,6 +141,11 @@ class Probe:
         sender, arrivals = self.senders[order["flow"]], self.flows.get(order["flow"], Arrivals())
         missing = [n for n in range(sender.sent) if n >= len(arrivals.seen) or not arrivals.seen[n]]
         return {"sent": sender.times, "missing": missing}
+
+    def silence(self, order: Message) -> Message:
+        arrivals = self.flows[order["flow"]]
+        (seconds, ended), arrivals.silence = arrivals.silence, (0.0, 0.0)
+        return {"ms": seconds * 1e3, "ended": ended}
 
     def _tick(self, flow: int, sender: Sender) -> None:
         """Numbers on a fixed schedule: a late tick sends what is due."""
