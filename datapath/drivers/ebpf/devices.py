@@ -15,7 +15,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyroute2 import IPRoute, NetlinkError
@@ -32,7 +32,7 @@ _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
 _NLMSG_DONE = 3
 _NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
 _RTMGRP_LINK = 1
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER = 1, 3, 4, 10
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_QDISC, _IFLA_MASTER, _IFLA_TXQLEN = 1, 3, 4, 6, 10, 13
 _NLA_TYPE_MASK = 0x3FFF
 _IFF_UP = 1
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr
@@ -51,6 +51,8 @@ class Link:
     mtu: int
     up: bool
     master: int = 0  # ifindex of the bridge (or the like) that it is in
+    queue: int = field(default=0, compare=False)  # frames that may wait in it (txqueuelen)
+    qdisc: str = field(default="", compare=False)
 
 
 def links() -> dict[str, Link]:
@@ -201,6 +203,12 @@ def remove(name: str) -> None:
         route.link("del", index=there.ifindex)
 
 
+def set_queue(there: Link, length: int) -> None:
+    """Let `length` frames wait in a device; gone is no error. A device with a qdisc drops what comes meanwhile."""
+    with IPRoute() as route, kernel_errors(f"set the queue of device {there.name}", errno.ENODEV):
+        route.link("set", index=there.ifindex, txqlen=length)
+
+
 @contextlib.contextmanager
 def kernel_errors(what: str, *expected: int) -> Iterator[None]:
     """pyroute2's NetlinkError as KernelError; an errno in `expected` is no error."""
@@ -251,4 +259,7 @@ def _parse(body: bytes) -> Link:
     mac = attributes.get(_IFLA_ADDRESS, b"")
     mtu = int.from_bytes(attributes.get(_IFLA_MTU, b""), sys.byteorder)
     master = int.from_bytes(attributes.get(_IFLA_MASTER, b""), sys.byteorder)
-    return Link(ifindex, name, mac.hex(":") if len(mac) == 6 else "", mtu, bool(flags & _IFF_UP), master)
+    queue = int.from_bytes(attributes.get(_IFLA_TXQLEN, b""), sys.byteorder)
+    qdisc = attributes.get(_IFLA_QDISC, b"").rstrip(b"\0").decode()
+    address = mac.hex(":") if len(mac) == 6 else ""
+    return Link(ifindex, name, address, mtu, bool(flags & _IFF_UP), master, queue, qdisc)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from datapath import features
-from datapath.drivers.ebpf import admission, status, tun
+from datapath.drivers.ebpf import admission, queues, status, tun
 from datapath.drivers.ebpf.hosts import host_record
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.layout import C
@@ -240,19 +240,26 @@ class EbpfDriver(Driver):
         return self._state().load(self._find(ref), table)
 
     def track(self, ref: PortRef) -> None:
-        self._parts().tracking.begin(self._find(ref))
+        instance = self._find(ref)
+        self._parts().tracking.begin(instance)
+        queues.widen(instance, fresh=False)
 
     def drain(self, ref: PortRef) -> list[Table]:
         return self._parts().tracking.drain(self._find(ref))
 
     def untrack(self, ref: PortRef) -> None:
-        self._parts().tracking.end(self._find(ref))
+        instance = self._find(ref)
+        instance.forget_guest()  # no switchover follows: its device may go
+        self._parts().tracking.end(instance)
+        queues.narrow(instance)
 
     def settle(self, ref: PortRef) -> Iterator[Table]:
         return self._state().settle(self._find(ref))
 
     def settled(self, ref: PortRef) -> None:
-        self._state().settled(self._find(ref))
+        instance = self._find(ref)
+        self._state().settled(instance)
+        queues.narrow(instance)
 
     def describe(self, refs: Sequence[PortRef]) -> Need:
         entries = [self._find(ref).entry for ref in refs]

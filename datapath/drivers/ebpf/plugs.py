@@ -6,7 +6,7 @@ import errno
 import threading
 from collections.abc import Callable
 
-from datapath.drivers.ebpf import devices
+from datapath.drivers.ebpf import devices, queues
 from datapath.drivers.ebpf.attach import Attachments, Direction
 from datapath.drivers.ebpf.devices import Link
 from datapath.drivers.ebpf.instances import Instance, Instances
@@ -95,6 +95,12 @@ class Plugs:
             self._attachments.attach(link.ifindex, Direction.EGRESS, self._kernel.switch.program("to_port"))
             self._attachments.attach(link.ifindex, Direction.INGRESS, self._kernel.switch.program("from_port"))
             self._kernel.ports.view["ifindex"][instance.slot] = link.ifindex
+        if self._arrives(instance):
+            queues.widen(instance, fresh=True)
+
+    def _arrives(self, instance: Instance) -> bool:
+        word = self._words.word(instance.slot)
+        return word.state == C.PORT_STAGED and bool(word.flags & C.PORT_F_UNSETTLED)
 
     def _disconnect(self, ifindex: int) -> None:
         owner = self._kernel.devices.get(ifindex)

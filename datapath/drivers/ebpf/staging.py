@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datapath.drivers.ebpf import queues
 from datapath.drivers.ebpf.clock import barrier
 from datapath.drivers.ebpf.floods import Member
 from datapath.drivers.ebpf.instances import Instance
@@ -204,6 +205,7 @@ class Staging:
         record["from"], record["slot"], record["epoch"] = source["addr"], instance.slot, instance.ref.epoch
         self._kernel.channels.set(channel, record)
         self._words.flag(instance.slot, add=C.PORT_F_UNSETTLED | C.PORT_F_AWAITS_SOURCE | C.PORT_F_NO_BROADCAST)
+        queues.widen(instance, fresh=True)
 
     # ---- purge ----
 
