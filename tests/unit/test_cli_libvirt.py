@@ -114,3 +114,5 @@ def test_the_wheel_brings_the_hook(tmp_path: Path) -> None:
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         found = [name for name in wheel.namelist() if name.endswith("migrator/_hooks/qemu")]
         assert [wheel.read(name) for name in found] == [(TREE / "hooks" / "qemu").read_bytes()]
+        drivers = [wheel.read(name) for name in wheel.namelist() if name.endswith("migrator/_hooks/migrator.so")]
+        assert [driver[:4] for driver in drivers] == [b"\x7fELF"] and b"virLockDriverImpl" in drivers[0]

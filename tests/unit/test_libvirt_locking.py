@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -274,9 +277,32 @@ def test_another_lock_manager_stays(conf: Path) -> None:
 
 
 def test_nothing_of_libvirt_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockdriver.installation, "daemons", list)
+    monkeypatch.setattr(lockdriver.installation, "DAEMONS", ("no-such-daemon",))
     assert lockdriver.missing() == "no libvirtd is seen on this host"
-    me = Mock(pid="self")
-    me.name = "libvirtd"
-    monkeypatch.setattr(lockdriver.installation, "daemons", lambda: [me])
-    assert "has not loaded the lock driver" in lockdriver.missing()
+    me = Path("/proc/self/comm").read_text().strip()
+    monkeypatch.setattr(lockdriver.installation, "DAEMONS", (me,))
+    assert f"{me} (process" in lockdriver.missing() and "has not loaded the lock driver" in lockdriver.missing()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for namespaces")
+def test_a_daemon_that_has_loaded_it_is_seen_wherever_the_agent_has_its_files(tmp_path: Path) -> None:
+    """A service may have a mount namespace of its own; processes of another network are another host's."""
+    library = tmp_path / "migrator.so"
+    subprocess.run([Path(__file__).parents[2] / "tools" / "lock_driver", library], check=True)
+    script = (
+        "import ctypes, sys; open('/proc/self/comm', 'w').write('libvirtd-test'); ctypes.CDLL(sys.argv[1]); "
+        "print('loaded', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", script, str(library)]
+    ask = (
+        "from migrator.agent.libvirt import lockdriver as l; l.installation.DAEMONS = ('libvirtd-test',); "
+        "print(l.missing() or 'loaded')"
+    )
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as daemon:
+        try:
+            assert daemon.stdout is not None and daemon.stdout.readline() == "loaded\n"
+            for apart, says in (("--mount", "loaded"), ("--net", "no libvirtd is seen on this host")):
+                found = subprocess.run(["unshare", apart, sys.executable, "-c", ask], capture_output=True, text=True)
+                assert found.stdout.strip() == says, found.stderr
+        finally:
+            daemon.kill()

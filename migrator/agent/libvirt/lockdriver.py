@@ -6,8 +6,10 @@ start: both need a restart of it. It does not start when the file is missing, so
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from datapath.errors import FeatureMissing
@@ -18,6 +20,7 @@ NAME = "migrator"
 FILE = f"{NAME}.so"
 QEMU_CONF = Path("/etc/libvirt/qemu.conf")
 REMARK = "# by `migrator libvirt install --strict`: see docs/strict-mode.md"
+NETWORK = "/proc/self/ns/net"
 _SETTING = re.compile(r"""^\s*lock_manager\s*=\s*["']([^"']*)["']""", re.MULTILINE)
 _LIBRARIES = ("/usr/lib/*-linux-gnu", "/usr/lib64", "/usr/lib")
 _BESIDE = ("lock-driver", "connection-driver")  # of what libvirt's packages put there
@@ -86,17 +89,26 @@ def uninstall(place: Path, conf: Path = QEMU_CONF, *, dry_run: bool = False) -> 
 
 def missing() -> str:
     """Why the libvirtd of this host would start a VM without asking, "" when it asks."""
-    daemons = installation.daemons()
+    daemons = list(_daemons())
     if not daemons:
         return "no libvirtd is seen on this host"
-    for daemon in daemons:
+    for process, name in daemons:
         try:
-            loaded = f"/{FILE}" in Path(f"/proc/{daemon.pid}/maps").read_text()
+            loaded = f"/{FILE}" in (process / "maps").read_text()
         except OSError as error:
-            return f"it cannot be seen what {daemon.name} has loaded: {error.strerror}"
+            return f"it cannot be seen what {name} has loaded: {error.strerror}"
         if not loaded:
-            return f"{daemon.name} (process {daemon.pid}) has not loaded the lock driver"
+            return f"{name} (process {process.name}) has not loaded the lock driver"
     return ""
+
+
+def _daemons() -> Iterator[tuple[Path, str]]:
+    """Directory in /proc and name of libvirt's daemons. They share our network; files a service may see its own way."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end at any moment
+            name = (process / "comm").read_text().strip()
+            if name in installation.DAEMONS and os.readlink(process / "ns" / "net") == os.readlink(NETWORK):  # noqa: PTH115
+                yield process, name
 
 
 def _without(conf: Path) -> str:
