@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel contains the compiled BPF programs, libvirt's hook and its lock driver."""
+"""What pyproject.toml cannot say: a wheel has the compiled BPF programs, libvirt's hook and lock driver, the units."""
 
 import shutil
 import subprocess
@@ -39,6 +39,7 @@ class BuildPy(build_py):
             hooks = Path(self.build_lib) / "migrator" / "_hooks"
             hooks.mkdir(parents=True, exist_ok=True)
             shutil.copy2(HERE / "hooks" / "qemu", hooks / "qemu")
+            shutil.copytree(HERE / "hooks" / "systemd", hooks / "systemd", dirs_exist_ok=True)
             subprocess.run([HERE / "tools" / "lock_driver", hooks / "migrator.so"], check=True)
 
 

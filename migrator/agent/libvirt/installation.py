@@ -23,6 +23,7 @@ DIRECTORY = Path("/etc/libvirt/hooks")
 NAME = "90-migrator"
 CONFIG = Path("/etc/migrator/hook.conf")
 HOOK_SOCKET = "/run/migrator/hook.sock"
+TOLD = Path("/run/migrator")
 MARK = b"urn:vm-netstate-migrator:ports:"
 DAEMONS = ("libvirtd", "virtqemud")
 ASK_S = 2.0
@@ -126,7 +127,8 @@ def daemons(directory: Path = DIRECTORY) -> list[Daemon]:
             if process.name.isdigit() and (process / "comm").read_text().strip() in DAEMONS and _here(process):
                 started = _started(process)
                 name = (process / "comm").read_text().strip()
-                found.append(Daemon(int(process.name), name, started, first is not None and first < started))
+                looked = max(started, _told(int(process.name)))
+                found.append(Daemon(int(process.name), name, started, first is not None and first < looked))
     return sorted(found, key=lambda daemon: daemon.pid)
 
 
@@ -134,6 +136,22 @@ def reload(daemon: Daemon) -> None:
     """Have a daemon look for hooks again; what it runs is not touched."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(daemon.pid, signal.SIGHUP)
+        with contextlib.suppress(OSError):  # then `status` says it once more than it need
+            note = _note(daemon.pid)
+            note.parent.mkdir(exist_ok=True)
+            note.touch()
+
+
+def _note(pid: int) -> Path:
+    """Its time is when that process was told to look for hooks: no other sign of it is to be had."""
+    return TOLD / f"libvirtd-{pid}.told"
+
+
+def _told(pid: int) -> float:
+    try:
+        return _note(pid).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _first_hook(directory: Path) -> float | None:
