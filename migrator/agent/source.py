@@ -178,6 +178,7 @@ class SourceEnd(End):
             self.post(words.PeerFailed(message.failed.message))
 
     async def _copy(self, _: words.Copy) -> None:
+        await self.call(self.ports.idle)  # opens its queue: a guest that stops by itself takes the device away
         if self.order.ordered_elsewhere:
             await self.guests.accompany(self.vm)
         else:
@@ -195,7 +196,6 @@ class SourceEnd(End):
         await self.stream.send(message)
 
     async def _watch(self, _: words.Watch) -> None:
-        await self.call(self.ports.idle)  # whatever has to be found or opened for it is from then on
         self.beside("watch", self._watch_memory)
 
     async def _watch_memory(self) -> None:

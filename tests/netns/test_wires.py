@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -126,3 +128,30 @@ def test_only_what_the_hypervisor_swallowed_is_missing(world: World, route: tupl
     assert len(missing) <= vm.order("status")["swallowed"] <= 2 * len(route)
     assert all(not report.leading and report.frames["may_be_lost"] == 2 for report in reports)
     wires.assert_lossless(back)
+
+
+def test_rule_a_guest_that_stops_while_its_agent_has_no_cpu(world: World) -> None:
+    """Its device is gone before the source's agent hears of the stop: what came for it waits in the device's queue."""
+    behaviour = {"memory_ms": 60_000, "self_stop_ms": 30, "swallow": False}
+    vm, peer = world.vm("h1", behaviour=behaviour), world.peer("h3")
+    streams = Streams(vm, peer)
+    wires, to, back = captured(world, streams, vm, peer)
+    agent = world.cluster.agents["h1"].pid
+    reports = world.cluster.migration(vm, "h2")
+    next(reports)
+    try:
+        wait_until("the guest moves", lambda: vm.order("status")["migrating"], 20.0, 0.0)
+        os.kill(agent, signal.SIGSTOP)
+        vm.wait_for_place("h2")
+        mark = streams.sent(1)
+        wait_until("the source's device would be gone", lambda: streams.sent(1) >= mark + 60, 5.0)
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    *_, report = reports
+    assert report.outcome == "complete", report
+    streams.run_on(100)
+    streams.finish()
+    wires.assert_conserved(to, taken=report.frames["taken"])
+    wires.assert_lossless(back)
+    assert report.frames["taken"] >= 60
+    streams.assert_perfect()
