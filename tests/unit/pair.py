@@ -146,11 +146,11 @@ class Side:
     def committed(self, vm: str) -> None:
         assert vm == VM
 
-    async def guard(self, vm: str, role: Role, migration: str) -> str:
+    async def guard(self, vm: str, role: Role, migration: str) -> str:  # noqa: ARG002
         self.guarded.add((role, migration))
         return "" if self.guards else "it has no lock driver"
 
-    def unguard(self, vm: str, role: Role, migration: str) -> None:
+    def unguard(self, vm: str, role: Role, migration: str) -> None:  # noqa: ARG002
         self.guarded.discard((role, migration))
 
     async def attach(self, side: AgentSide) -> None:
