@@ -9,13 +9,13 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from migrator._pb import migrator_pb2 as pb
-from migrator.lab.processes import Daemon, wait_until
+from migrator.lab.processes import Daemon
 
 from .standing import StandingCluster
 from .traffic import Conversations
@@ -23,6 +23,7 @@ from .world import NETWORKS, POLICIES, World
 
 UNITS = Path(__file__).resolve().parents[2] / "hooks" / "systemd"
 NAMES = sorted(unit.name for unit in UNITS.glob("*.service"))
+WAIT_S = 15.0
 AGENT, COORDINATOR = "migrator-agent.service", "migrator-coordinator.service"
 
 
@@ -100,20 +101,46 @@ def migrations(cluster: BoundedCluster) -> Sequence[pb.Migration]:
     return found
 
 
-def test_a_process_tells_that_it_serves(tmp_path: Path) -> None:
-    address = tmp_path / "notify"
+def coordinator(directory: Path) -> list[str]:
+    return ["coordinator", "--listen", f"unix:{directory / 'c.sock'}", "--state-dir", str(directory / "state")]
+
+
+def agent_without_libvirtd(directory: Path) -> list[str]:
+    """As when a host starts: libvirtd waits for the agent, so the agent must not wait for libvirtd."""
+    (directory / "agent.toml").write_text(
+        f"""
+        [agent]
+        host = "h1"
+        coordinator = "unix:{directory / "none.sock"}"
+        listen = "127.0.0.1:0"
+        socket = "{directory / "c.sock"}"
+        state_dir = "{directory / "state"}"
+        [driver]
+        name = "dummy"
+        [guests]
+        driver = "libvirt"
+        uri = "qemu+unix:///system?socket={directory / "libvirt-sock"}"
+        connect_s = {WAIT_S * 4}
+        hook_socket = "{directory / "hook.sock"}"
+        """
+    )
+    return ["agent", "--config", str(directory / "agent.toml")]
+
+
+@pytest.mark.parametrize("command", [coordinator, agent_without_libvirtd])
+def test_a_process_tells_that_it_serves(tmp_path: Path, command: Callable[[Path], list[str]]) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
-        told.bind(str(address))
-        told.settimeout(20)
-        listen = f"unix:{tmp_path / 'c.sock'}"
-        command = [sys.executable, "-m", "migrator.cli.main", "coordinator", "--listen", listen]
+        told.bind(str(tmp_path / "notify"))
+        told.settimeout(WAIT_S)
         process = subprocess.Popen(
-            [*command, "--state-dir", str(tmp_path / "state"), "--log-level", "error"],
-            env={**os.environ, "NOTIFY_SOCKET": str(address)},
+            [sys.executable, "-m", "migrator.cli.main", *command(tmp_path)],
+            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
+            stderr=subprocess.DEVNULL,
         )
         try:
             assert told.recv(100) == b"READY=1"
-            wait_until("its socket is there", (tmp_path / "c.sock").exists)
+            assert (tmp_path / "c.sock").exists()
+            assert command is coordinator or (tmp_path / "hook.sock").exists()
         finally:
             process.terminate()
-            assert process.wait(20) == 0
+            assert process.wait(WAIT_S) == 0
