@@ -127,8 +127,9 @@ def daemons(directory: Path = DIRECTORY) -> list[Daemon]:
             if process.name.isdigit() and (process / "comm").read_text().strip() in DAEMONS and _here(process):
                 started = _started(process)
                 name = (process / "comm").read_text().strip()
-                looked = max(started, _told(int(process.name)))
-                found.append(Daemon(int(process.name), name, started, first is not None and first < looked))
+                # it is told when the hook is there: the same tick of the clock is soon enough
+                sees = first is not None and (first < started or max(first, started) <= _told(int(process.name)))
+                found.append(Daemon(int(process.name), name, started, sees))
     return sorted(found, key=lambda daemon: daemon.pid)
 
 
