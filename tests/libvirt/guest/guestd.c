@@ -276,9 +276,10 @@ int main(int argc, char **argv)
 
 		for (int i = 0; i < count; i++) {
 			struct watched *one = events[i].data.ptr;
+			bool ordered = one->fd == serial;
 
-			one->ready(one, events[i].events);
-			if (one->fd == serial)
+			one->ready(one, events[i].events); /* may free it */
+			if (ordered)
 				break; /* an order may have freed what the other events point to: they come again */
 		}
 	}
