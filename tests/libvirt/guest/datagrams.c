@@ -5,6 +5,9 @@
  *   receive {address, port}                          count what comes, by flow
  *   send {flow, address, port, every_ms, source_port}
  *   stop {flow}, sending {flow}                      how many were sent
+ *   spray {address, port, ports, source_port, sources}   one datagram from each source port to each port, in the
+ *                                                    background; what comes back is counted as any other
+ *   sprayed                                          how many were sent so far, and whether that is all
  *   report {below}                                   of all flows received or answered: as Arrivals.report() */
 #include "guestd.h"
 
@@ -41,6 +44,14 @@ static struct sender {
 	socklen_t length;
 	uint64_t every_us, next, sent, failed;
 } senders[FLOWS];
+
+static struct {
+	struct watched *from;
+	uint32_t sources, ports, sent;
+	uint16_t port;
+	struct sockaddr_storage to;
+	socklen_t length;
+} spray;
 
 static void note(uint32_t flow, uint64_t number)
 {
@@ -124,6 +135,12 @@ static struct sender *sender(uint32_t flow)
 	return NULL;
 }
 
+/* sin_port and sin6_port are at the same place */
+static void set_port(struct sockaddr_storage *at, uint16_t port)
+{
+	memcpy((char *)at + 2, &(uint16_t){htobe16(port)}, 2);
+}
+
 static void send_order(const struct order *order)
 {
 	uint32_t flow = number(order, "flow", 0);
@@ -141,7 +158,7 @@ static void send_order(const struct order *order)
 	if (!endpoint(order, &one->to, &one->length))
 		return;
 	from.ss_family = one->to.ss_family;
-	memcpy((char *)&from + 2, &(uint16_t){htobe16(port)}, 2); /* sin_port and sin6_port are at the same place */
+	set_port(&from, port);
 	one->watched = (struct watched){open_socket(SOCK_DGRAM, &from, one->length, port != 0), receive_ready};
 	if (one->watched.fd < 0)
 		return;
@@ -165,6 +182,50 @@ static void stop_order(const struct order *order, bool end)
 	}
 	one->running = one->running && !end;
 	reply("\"sent\": %lu, \"failed\": %lu", one->sent, one->failed);
+}
+
+static void end_spray(void)
+{
+	for (uint32_t i = 0; i < spray.sources; i++) {
+		forget(&spray.from[i]);
+		close(spray.from[i].fd);
+	}
+	free(spray.from);
+	memset(&spray, 0, sizeof(spray));
+}
+
+static void spray_order(const struct order *order)
+{
+	uint32_t sources = number(order, "sources", 1);
+	struct sockaddr_storage from = {0};
+
+	end_spray();
+	if (!endpoint(order, &spray.to, &spray.length))
+		return;
+	spray.port = number(order, "port", 0);
+	spray.ports = number(order, "ports", 1);
+	spray.from = calloc(sources, sizeof(*spray.from));
+	from.ss_family = spray.to.ss_family;
+	while (spray.sources < sources) {
+		struct watched *one = &spray.from[spray.sources];
+
+		set_port(&from, number(order, "source_port", 0) + spray.sources);
+		*one = (struct watched){open_socket(SOCK_DGRAM, &from, spray.length, true), receive_ready};
+		if (one->fd < 0)
+			return;
+		watch(one, EPOLLIN);
+		spray.sources++;
+	}
+}
+
+static void spray_some(void)
+{
+	for (int i = 0; i < BURST && spray.sent < spray.sources * spray.ports; i++) {
+		set_port(&spray.to, spray.port + spray.sent % spray.ports);
+		if (sendto(spray.from[spray.sent / spray.ports].fd, "", 1, 0, (void *)&spray.to, spray.length) < 0)
+			return; /* no room: the next time */
+		spray.sent++;
+	}
 }
 
 static void report_one(const struct arrivals *one, int64_t below)
@@ -204,6 +265,7 @@ void datagram_reset(void)
 		}
 	for (struct arrivals *one = arrivals; one < arrivals + FLOWS && one->used; one++)
 		memset(one, 0, sizeof(*one));
+	end_spray();
 }
 
 bool datagram_order(const struct order *order)
@@ -218,6 +280,11 @@ bool datagram_order(const struct order *order)
 		stop_order(order, order->op[1] == 't');
 	else if (!strcmp(order->op, "report"))
 		report(order);
+	else if (!strcmp(order->op, "spray"))
+		spray_order(order);
+	else if (!strcmp(order->op, "sprayed"))
+		reply("\"sent\": %u, \"over\": %s", spray.sent,
+		      spray.sent == spray.sources * spray.ports ? "true" : "false");
 	else
 		return false;
 	return true;
@@ -243,6 +310,9 @@ uint64_t datagram_tick(uint64_t now)
 {
 	uint64_t soonest = now + 1000000;
 
+	spray_some();
+	if (spray.sent < spray.sources * spray.ports)
+		soonest = now + 1000;
 	for (struct sender *one = senders; one < senders + FLOWS; one++) {
 		bool taken = true;
 		uint64_t next;
