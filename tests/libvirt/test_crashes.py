@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Moves that fail after the guest was stopped for them, and with whom: the guest runs on where it came from.
+"""Moves of a guest that the agent stops, and what breaks from then on.
 
-The destination has committed by then. `test_hook` has what fails before the pause, `test_killed` the daemons that die
-in moves which succeed.
+A move fails after the pause, the destination has committed: the guest runs on where it came from. Or a daemon dies,
+and libvirt moves the guest all the same. `test_hook` has what fails before the pause, `test_killed` daemons that die in
+moves whose pause QEMU chose.
 """
 
 from __future__ import annotations
@@ -17,25 +18,31 @@ import pytest
 
 from migrator.lab.machines import Port, add_peer
 from migrator.lab.processes import Daemon, wait_until
+from tests.netns import standing
 
 from .counted import CountedTraffic
-from .hooked import LIVE, Moving, ended, hooked, metadata, reports
-from .lab import GuestMachine, LibvirtCluster, add_guest, migrate
+from .hooked import LIVE, NETWORKS, OPEN, OUT, Moving, ended, install, metadata, reports
+from .lab import GuestMachine, add_guest, migrate
 from .test_hook import nothing_at, qemu
+from .test_killed import Killable, settled
 
 pytestmark = pytest.mark.slow
 GUEST = Port("52:54:00:00:00:10", "blue", ("10.1.0.1",))
+UNHURRIED = 24  # MiB/s: on a busy machine, too, the agent stops the guest before QEMU can
 PEER = Port("52:54:00:00:00:20", "blue", ("10.1.0.2",))
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[LibvirtCluster]:
-    with hooked() as made:
+def cluster() -> Iterator[Killable]:
+    options = {"redirect_idle_s": 3.0, "settle_s": 10.0}
+    with Killable(networks=NETWORKS, guests={"driver": "libvirt"}, migration_options=options) as made:
+        install(made)
+        made.apply(policies=[OUT, OPEN])
         yield made
 
 
 @pytest.fixture(scope="module")
-def guest(cluster: LibvirtCluster) -> GuestMachine:
+def guest(cluster: Killable) -> GuestMachine:
     """The agent stops it in QEMU's first pass: what is left of its memory then takes as long as the test wants."""
     made = add_guest(cluster, "vm1", "h1", [GUEST], metadata=metadata(GUEST, max_passes="1"))
     made.booted()
@@ -43,7 +50,7 @@ def guest(cluster: LibvirtCluster) -> GuestMachine:
 
 
 @pytest.fixture(scope="module")
-def traffic(cluster: LibvirtCluster, guest: GuestMachine) -> CountedTraffic:
+def traffic(cluster: Killable, guest: GuestMachine) -> CountedTraffic:
     peer = add_peer(cluster, "p1", "h3", PEER, policy="open")
     cluster.declare(peer)
     return CountedTraffic(guest, peer)
@@ -52,10 +59,20 @@ def traffic(cluster: LibvirtCluster, guest: GuestMachine) -> CountedTraffic:
 class Case:
     """What the tests of this module have in common."""
 
-    def __init__(self, cluster: LibvirtCluster, guest: GuestMachine, traffic: CountedTraffic) -> None:
+    def __init__(self, cluster: Killable, guest: GuestMachine, traffic: CountedTraffic) -> None:
         self.cluster, self.guest, self.traffic = cluster, guest, traffic
+        self.go_home()
         self.count = len(reports(cluster, guest))
         traffic.lost()
+
+    def go_home(self) -> None:
+        """To h1, where each test begins: a move like any other."""
+        if self.guest.place() == "h2":
+            count = len(reports(self.cluster, self.guest))
+            migrate(self.guest, "h1")
+            assert ended(self.cluster, self.guest, count + 1).outcome == "complete"
+            self.traffic.check()
+        settled(self.cluster, self.guest)
 
     def stopped(self) -> Moving:
         """Begin a move to h2 and wait until the guest stands and the destination has committed."""
@@ -105,7 +122,7 @@ class Case:
 
 
 @pytest.fixture
-def case(cluster: LibvirtCluster, guest: GuestMachine, traffic: CountedTraffic) -> Case:
+def case(cluster: Killable, guest: GuestMachine, traffic: CountedTraffic) -> Case:
     return Case(cluster, guest, traffic)
 
 
@@ -144,3 +161,33 @@ def test_the_destinations_qemu_and_agent_die_together(case: Case) -> None:
         case.kill_qemu()
         moving.join()
     case.back_to_normal(moving)
+
+
+@pytest.mark.parametrize(
+    ("point", "stands", "killed"),
+    [
+        ("coordinator.authorised", "", "coordinator"),
+        ("source.holding", "h1", "h1"),
+        ("source.suspending", "h1", "h1"),
+        ("source.suspending", "h1", "h2"),
+        ("source.committed", "h1", "h1"),
+        ("destination.open", "h2", "h2"),
+        ("hook.stopped", "h1", "h1"),
+        ("hook.release", "h1", "h1"),
+    ],
+)
+def test_a_daemon_dies(case: Case, point: str, stands: str, killed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every connection lives, the guest has ports where it runs and nowhere else, and the move back works."""
+    monkeypatch.setitem(standing.BY_ROLE, "hook", stands)
+    cluster, guest = case.cluster, case.guest
+    daemon = cluster.daemon(killed)
+    with cluster.standing(point):
+        moving = Moving(guest, "h2", LIVE, **{libvirt.VIR_MIGRATE_PARAM_BANDWIDTH: UNHURRIED})
+        cluster.wait_for(point)
+        daemon.kill()
+    moving.join()
+    cluster.restart(daemon)
+    assert guest.place() == ("h1" if moving.error is not None else "h2"), moving.error
+    settled(cluster, guest)
+    case.traffic.check()
+    case.go_home()
