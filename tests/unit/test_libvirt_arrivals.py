@@ -285,6 +285,26 @@ def test_a_machine_that_ends_before_its_guest_ran_calls_the_migration_off(phase:
     run(work)
 
 
+def test_what_is_told_late_of_the_last_attempt_calls_nothing_off() -> None:
+    """A libvirtd that died in a migration ends its machine when it is back: the next one may have begun by then."""
+
+    async def work() -> None:
+        bench = Bench([report("pre-copy"), None], copy_s=0.01)
+        await bench.hook("migrate")
+        bench.side.phase = "loading"
+        for operation in ("stopped", "release"):
+            await bench.hook(operation, sub="end")
+        await bench.quiet()
+        assert bench.side.called_off == [] and bench.inventory.calls == []
+        await bench.hook("prepare")
+        await bench.hook("stopped", sub="end")
+        await bench.quiet()
+        assert len(bench.side.called_off) == 1
+        await bench.arrivals.stop()
+
+    run(work)
+
+
 def test_a_machine_that_ends_after_its_guest_ran_is_a_stop() -> None:
     async def work() -> None:
         bench = Bench([report("pre-copy"), report("authorised"), report("settled"), report("done", "complete")])

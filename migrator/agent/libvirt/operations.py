@@ -65,6 +65,7 @@ class Operations:
         self._arrivals = arrivals
         self._strict = strict
         self._turns: dict[str, _Turn] = {}
+        self._expected: set[str] = set()  # VMs that have been announced, whose machine is not being made yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
 
@@ -122,6 +123,7 @@ class Operations:
 
     async def _migrate(self, domain: Domain, _: Request) -> Reply:
         self._refuse(domain)
+        self._expected.add(domain.uuid)
         await self._free(domain)
         try:
             strict = self._strict if domain.strict is None else domain.strict
@@ -142,6 +144,7 @@ class Operations:
 
     async def _prepare(self, domain: Domain, _: Request) -> Reply:
         self._refuse(domain)
+        self._expected.discard(domain.uuid)
         await asyncio.to_thread(self._taps.make, domain)
         try:
             if self._arrivals.in_hand(domain.uuid):
@@ -194,10 +197,12 @@ class Operations:
             await self._inventory.started(domain)
 
     async def _stopped(self, domain: Domain) -> None:
-        if self._arrivals.in_hand(domain.uuid):
-            await self._arrivals.call_off(domain.uuid, f"its machine on {self._host} ended before the guest ran there")
-        else:
+        if not self._arrivals.in_hand(domain.uuid):
             await self._inventory.stopped(domain)
+        elif domain.uuid in self._expected:  # a machine of an earlier attempt, which libvirtd has found at its start
+            self._log.info("told late of the last attempt's end", vm=domain.uuid)
+        else:
+            await self._arrivals.call_off(domain.uuid, f"its machine on {self._host} ended before the guest ran there")
 
     async def _released(self, domain: Domain) -> None:
         if self._arrivals.in_hand(domain.uuid):
