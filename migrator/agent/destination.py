@@ -205,11 +205,11 @@ class DestinationEnd(End):
         began = time.monotonic()
         await self.call(self._commit_all)
         self.report.lasted("commit", began)
+        self.guests.unguard(self.vm, self.role, self.report.id)
         self.post(words.CommitDone())
         self.guests.committed(self.vm)
 
     def _commit_all(self) -> None:
-        self.guests.unguard(self.vm, self.role, self.report.id)
         for ref in self.refs:
             self.driver.commit(ref)
 
@@ -296,11 +296,11 @@ class DestinationEnd(End):
 
     async def _purge(self, _: words.Purge) -> None:
         await self.call(self._purge_all)
+        self.guests.unguard(self.vm, self.role, self.report.id)
         QUIET.end(self.name)
 
     def _purge_all(self) -> None:
         each(self.refs, self.driver.purge)
-        self.guests.unguard(self.vm, self.role, self.report.id)
 
     async def _answer_source(self, _: words.Answer) -> None:
         asking, self._asking = self._asking, []
