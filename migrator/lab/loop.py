@@ -58,7 +58,8 @@ class Loop:
                 handler = self._handlers.get(descriptor)
                 if handler:
                     handler[1]()
-            while self._timers and self._timers[0][0] <= time.monotonic():
+            now = time.monotonic()  # a timer that sets another one must not keep descriptors waiting
+            while self._timers and self._timers[0][0] <= now:
                 heapq.heappop(self._timers)[2]()
 
     def _timeout(self) -> float:

@@ -82,16 +82,8 @@ class Wire:
 
     def _look_for(self, tap: Tap) -> None:
         """Until it is there and up."""
-        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-        try:
-            made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
-            made.setblocking(False)
-            made.bind((tap.device, ALL))
-            there = not made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        except OSError:
-            there = False
-        if not there:
-            made.close()
+        made = _capture(tap.device)
+        if made is None:
             return self.loop.after(LOOK_AGAIN_S, lambda: self._look_for(tap))
         tap.tap, tap.gone = made, False
         return self.loop.watch(made.fileno(), lambda: self._read(tap, BATCH))
@@ -103,6 +95,24 @@ class Wire:
         with contextlib.closing(tap.tap):
             tap.tap = None
         self._look_for(tap)
+
+
+def _capture(device: str) -> socket.socket | None:
+    """A socket that gets what passes the device; None when it is not there, or down."""
+    made: socket.socket | None = None
+    try:
+        socket.if_nametoindex(device)  # the kernel takes tens of milliseconds to close a socket of this family
+        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+        made.setblocking(False)
+        made.bind((device, ALL))
+        if not made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return made
+    except OSError:
+        pass
+    if made is not None:
+        made.close()
+    return None
 
 
 if __name__ == "__main__":
