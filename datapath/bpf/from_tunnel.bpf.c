@@ -46,7 +46,7 @@ static __always_inline int from_tunnel_channel(struct __sk_buff *skb, struct tun
 {
 	struct channel *channel = bpf_map_lookup_elem(&channels, &origin->id);
 	struct port *port;
-	__u32 path = PATH_MOVED | (PATH_HOPS(origin->mark) + 1);
+	__u32 path = (origin->mark & MARK_LOCAL ? 0 : PATH_MOVED) | (PATH_HOPS(origin->mark) + 1);
 
 	if (!channel || !addr_equal(channel->from, origin->from.addr))
 		return drop_slot(skb, 0, TO_GUEST, DROP_CHANNEL);

@@ -123,7 +123,7 @@ def test_a_redirect_follows_the_vm(lab: Lab, underlay: tuple[str, str]) -> None:
     lab.place(B, MODEL.L2_PORT, 2, flags=MODEL.L2_F_LOCATION)
     redirected(lab, 2, B)
     a.send(datagram(B, A))
-    assert leave(outside) == (underlay[1], CHANNEL, MODEL.MARK_REDIRECT, datagram(B, A))
+    assert leave(outside) == (underlay[1], CHANNEL, MODEL.MARK_REDIRECT | MODEL.MARK_LOCAL, datagram(B, A))
     assert lab.counted(2, "redirected") == 1
     assert not lab.switch.get("ports", "port", 2).redirected, "ports of this host do not keep a redirect in use"
     arrive(outside, underlay, VNI, 0, datagram(B, REMOTE))
@@ -141,6 +141,20 @@ def test_a_redirect_arrives_at_its_port(lab: Lab, underlay: tuple[str, str]) -> 
         assert a.receive() == frame
     assert lab.counted(1, "packets", 1) == 2
     assert lab.placed(REMOTE) is None  # nothing is learned from a redirect
+
+
+def test_rule_a_vm_beside_the_one_that_left_waits_behind_what_came_by_itself(lab: Lab) -> None:
+    """It may have sent that from here, before it changed places with the VM that came here."""
+    flags = MODEL.PORT_F_STATELESS | MODEL.PORT_F_AWAITS_SOURCE
+    outside, a = overlay(lab, flags=flags, gate=MODEL.GATE_LOCAL | 1 << 8)
+    tap = lab.tap(1, MODEL.DEVICE_HOLD_TO)
+    lab.change_port(1, hold_to=tap.ifindex)
+    channel(lab, 1)
+    arrive(outside, UNDERLAY, CHANNEL, MODEL.MARK_REDIRECT | MODEL.MARK_LOCAL, datagram(A, B))
+    wait_for(lambda: lab.switch.get("ports", "port", 1).held_to == 1, "it waits")
+    arrive(outside, UNDERLAY, CHANNEL, MODEL.MARK_REDIRECT, datagram(A, REMOTE))
+    assert a.receive() == datagram(A, REMOTE), "what the source held does not"
+    assert lab.counted(1, "came") == 2
 
 
 @pytest.mark.parametrize("judged", [0, MODEL.MARK_JUDGED])
@@ -260,7 +274,8 @@ def test_a_trunk_ports_tag_goes_through_a_redirect(lab: Lab) -> None:
     lab.place(B, MODEL.L2_PORT, 2, vlan=7)
     redirected(lab, 2, B, flags=trunk)
     a.send(datagram(B, A))
-    assert leave(outside) == (UNDERLAY[1], CHANNEL, MODEL.MARK_REDIRECT, datagram(B, A, vlan=7))
+    mark = MODEL.MARK_REDIRECT | MODEL.MARK_LOCAL
+    assert leave(outside) == (UNDERLAY[1], CHANNEL, mark, datagram(B, A, vlan=7))
     channel(lab, 1)
     arrive(outside, UNDERLAY, CHANNEL, MODEL.MARK_REDIRECT, datagram(A, B, vlan=7))
     assert a.receive() == datagram(A, B, vlan=7)

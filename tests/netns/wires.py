@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from migrator.lab.machines import GUEST_DEVICE, Machine
@@ -112,7 +113,11 @@ def device(machine: Machine, host: str) -> str:
     return port.devices.get(host, "") or (port.device if host == machine.host else "")
 
 
-def _unlike(wanted, found) -> str:  # type: ignore[no-untyped-def]
-    wanted, found = Counter(wanted), Counter(found)
-    missing, more = sorted((wanted - found).elements()), sorted((found - wanted).elements())
-    return f"missing {missing[:20]}, too many {more[:20]}" if missing or more else "out of order"
+def _unlike(wanted: Iterable[int], found: Iterable[int]) -> str:
+    order = list(found)
+    wanted_counts, found_counts = Counter(wanted), Counter(order)
+    missing, more = sorted((wanted_counts - found_counts).elements()), sorted((found_counts - wanted_counts).elements())
+    if missing or more:
+        return f"missing {missing[:20]}, too many {more[:20]}"
+    late = [at for at in range(1, len(order)) if order[at] < order[at - 1]]
+    return f"out of order {len(late)} times: {[order[max(at - 3, 0) : at + 3] for at in late[:5]]}"

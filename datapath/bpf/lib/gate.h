@@ -43,6 +43,9 @@ static __always_inline int gate_redirect(struct __sk_buff *skb, struct port *por
 	__u32 mark = MARK_REDIRECT | PATH_HOPS(path) | (path & PATH_JUDGED ? MARK_JUDGED : 0);
 	int verdict;
 
+	/* Its VM may have come from where this one went: what it sent there came by itself and waits, this is newer. */
+	if (path & PATH_LOCAL)
+		mark |= MARK_LOCAL;
 	if (PATH_HOPS(path) >= HOPS_MAX)
 		return drop_at(skb, port, TO_GUEST, DROP_HOPS);
 	/* the destination gets what its own network floods, once its guest runs there */

@@ -196,6 +196,7 @@ struct channel {        /* key: 24-bit id. A redirect that ends here */
 #define MARK_REDIRECT 0x4000
 #define MARK_JUDGED   0x2000 /* the source judged and counted it: deliver past to_port */
 #define MARK_PROBE    0x1000 /* path probe: back to the agent, never to a port */
+#define MARK_LOCAL    0x0800 /* from a VM beside the one that left: waits behind what came by itself */
 #define MARK_HOPS     0x0003 /* redirects taken so far */
 #define HOPS_MAX      2
 
