@@ -9,6 +9,8 @@ BPF_SOURCES := $(wildcard datapath/bpf/*.bpf.c datapath/bpf/lib/*.h)
 LOCK := hooks/lock/migrator.so
 LOCK_SOURCES := $(wildcard hooks/lock/*.[ch])
 GUEST := $(wildcard tests/libvirt/guest/*.[ch])
+TESTS := tests/unit tests/contract tests/bpf tests/netns \
+	$(addprefix tests/libvirt/,test_lab.py test_migrate.py test_loop.py)
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
 .PHONY: help setup packages test lint demo bench build generate bpf lock-driver clean lock format test-% test-oldest-kernel bpf-coverage
@@ -47,10 +49,10 @@ bpf: $(BPF)  ## BPF programs
 
 lock-driver: $(LOCK)  ## libvirt's lock driver of strict mode
 
-test: setup  ## all tests (root)
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup  ## all tests (root), but of those with QEMU guests only whole moves: all of these take half an hour
+	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
-test-%: setup  ## the tests of one folder: make test-unit, test-bpf, test-netns, ...
+test-%: setup  ## the tests of one folder: make test-unit, test-bpf, test-netns, test-libvirt
 	@$(BIN)/python -m pytest tests/$* $(ARGS)
 
 test-oldest-kernel: setup  ## the same on Linux 6.1 in an emulated machine, slowly: ARGS="tests/bpf -k uplink"
