@@ -131,13 +131,13 @@ class End(abc.ABC):
         """What a restarted agent needs beside the state."""
 
     @property
-    def over(self) -> bool:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def over(self) -> bool: ...
 
     @property
+    @abc.abstractmethod
     def leased(self) -> bool:
         """Its ports are in a state that must not outlive the agent for long."""
-        raise NotImplementedError
 
     # ---- the machine ----
 
