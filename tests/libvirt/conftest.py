@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from migrator.lab.machines import Machine, Port, add_outsider
 from tools import guest_kernel
 
+from .bench import Bench, Kept
 from .lab import GuestMachine, LibvirtLab, Wiring, add_guest
 from .lab.image import image
 
@@ -25,6 +26,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs root for namespaces"))
             elif not shutil.which("libvirtd"):
                 item.add_marker(pytest.mark.skip(reason="needs libvirt-daemon"))
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+@pytest.fixture
+def bench(benches: Kept[Bench], request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """What the module's `benches` keeps, settled; made anew after a test that failed."""
+    yield benches.get()
+    if FAILED in request.node.stash:
+        benches.drop()
 
 
 @pytest.fixture(scope="session", autouse=True)

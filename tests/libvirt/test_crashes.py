@@ -12,67 +12,42 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import libvirt
 import pytest
 
-from migrator.lab.machines import Port, add_peer
 from migrator.lab.processes import Daemon, wait_until
 from tests.netns import standing
 
+from .bench import Bench, Kept, killable
 from .counted import CountedTraffic
-from .hooked import LIVE, NETWORKS, OPEN, OUT, Moving, ended, install, metadata, reports
-from .lab import GuestMachine, add_guest, migrate
+from .hooked import LIVE, Moving, ended, reports
+from .lab import migrate
 from .test_hook import nothing_at, qemu
-from .test_killed import Killable, settled
 
 pytestmark = pytest.mark.slow
-GUEST = Port("52:54:00:00:00:10", "blue", ("10.1.0.1",))
 UNHURRIED = 24  # MiB/s: on a busy machine, too, the agent stops the guest before QEMU can
-PEER = Port("52:54:00:00:00:20", "blue", ("10.1.0.2",))
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Killable]:
-    options = {"redirect_idle_s": 3.0, "settle_s": 10.0}
-    with Killable(networks=NETWORKS, guests={"driver": "libvirt"}, migration_options=options) as made:
-        install(made)
-        made.apply(policies=[OUT, OPEN])
-        yield made
-
-
-@pytest.fixture(scope="module")
-def guest(cluster: Killable) -> GuestMachine:
-    """The agent stops it in QEMU's first pass: what is left of its memory then takes as long as the test wants."""
-    made = add_guest(cluster, "vm1", "h1", [GUEST], metadata=metadata(GUEST, max_passes="1"))
-    made.booted()
-    return made
-
-
-@pytest.fixture(scope="module")
-def traffic(cluster: Killable, guest: GuestMachine) -> CountedTraffic:
-    peer = add_peer(cluster, "p1", "h3", PEER, policy="open")
-    cluster.declare(peer)
-    return CountedTraffic(guest, peer)
+def benches() -> Iterator[Kept[Bench]]:
+    """The agent stops the guest in QEMU's first pass: what is left of memory then takes as long as the test wants."""
+    kept = Kept(partial(killable, CountedTraffic, max_passes="1"))
+    yield kept
+    kept.drop()
 
 
 class Case:
     """What the tests of this module have in common."""
 
-    def __init__(self, cluster: Killable, guest: GuestMachine, traffic: CountedTraffic) -> None:
-        self.cluster, self.guest, self.traffic = cluster, guest, traffic
-        self.go_home()
-        self.count = len(reports(cluster, guest))
-        traffic.lost()
-
-    def go_home(self) -> None:
-        """To h1, where each test begins: a move like any other."""
-        if self.guest.place() == "h2":
-            count = len(reports(self.cluster, self.guest))
-            migrate(self.guest, "h1")
-            assert ended(self.cluster, self.guest, count + 1).outcome == "complete"
-            self.traffic.check()
-        settled(self.cluster, self.guest)
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.cluster, self.guest = bench, bench.cluster, bench.guest
+        assert isinstance(bench.traffic, CountedTraffic)
+        self.traffic = bench.traffic
+        bench.go_home()
+        self.count = len(reports(self.cluster, self.guest))
+        self.traffic.lost()
 
     def stopped(self) -> Moving:
         """Begin a move to h2 and wait until the guest stands and the destination has committed."""
@@ -122,8 +97,8 @@ class Case:
 
 
 @pytest.fixture
-def case(cluster: Killable, guest: GuestMachine, traffic: CountedTraffic) -> Case:
-    return Case(cluster, guest, traffic)
+def case(bench: Bench) -> Case:
+    return Case(bench)
 
 
 HARM: dict[str, Callable[[Case], None]] = {"abort": Case.abort, "qemu": Case.kill_qemu, "libvirtd": Case.kill_libvirtd}
@@ -188,6 +163,6 @@ def test_a_daemon_dies(case: Case, point: str, stands: str, killed: str, monkeyp
     moving.join()
     cluster.restart(daemon)
     assert guest.place() == ("h1" if moving.error is not None else "h2"), moving.error
-    settled(cluster, guest)
+    case.bench.settled()
     case.traffic.check()
-    case.go_home()
+    case.bench.go_home()

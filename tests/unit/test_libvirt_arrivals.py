@@ -247,6 +247,24 @@ def test_prepare_goes_on_without_the_whole_copy_and_fails_when_the_migration_has
     run(work)
 
 
+def test_prepare_fails_at_once_when_the_source_is_lost() -> None:
+    """Its guest has not begun to move; going on would move it without its connections."""
+
+    async def work() -> None:
+        bench = Bench([report("pre-copy"), None], copy_s=DEADLINE_S * 3)
+        await bench.hook("migrate")
+        waiting = asyncio.ensure_future(bench.hook("prepare"))
+        await asyncio.wait({waiting}, timeout=0.05)
+        bench.side.phase = "fenced"
+        async with asyncio.timeout(DEADLINE_S):
+            with pytest.raises(PeerLost, match="the agent of h1 was lost during the first copy"):
+                await waiting
+        assert bench.taps.made == set()
+        await bench.arrivals.stop()
+
+    run(work)
+
+
 def test_an_agent_started_meanwhile_joins_at_prepare() -> None:
     async def work() -> None:
         bench = Bench([report("pre-copy"), report("authorised"), None])

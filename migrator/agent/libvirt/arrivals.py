@@ -26,6 +26,7 @@ WAITING = frozenset({Phase.STAGING, Phase.STAGED, Phase.LOADING, Phase.COMMITTIN
 
 ENDING_S = 10.0
 ENDING_POLL_S = 0.1
+LOST_POLL_S = 0.2
 
 
 class Arrival:
@@ -141,14 +142,28 @@ class Arrivals:
         if arrival is None or arrival.over:
             arrival = self._follow(vm)  # this agent was started after the migration had begun
         began = time.monotonic()
-        if await arrival.until(COPIED, self._copy_s):
+        if await self._copied_or_lost(arrival):
             self._log.info("first copy", vm=vm, waited_ms=round((time.monotonic() - began) * 1e3, 1))
             return ""
+        if self._side.arriving(vm) == Phase.FENCED:  # the guest has not begun to move: going on would cost connections
+            raise PeerLost(
+                f"VM {vm}: the agent of {arrival.report.source or 'its host'} was lost during the first copy",
+                hint="the VM goes on where it is; migrate again when that agent is back",
+            )
         if arrival.failed and not isinstance(arrival.error, PeerLost):
             raise arrival.refusal()
         if arrival.over:
             return "the coordinator was lost: not known whether the first copy is complete"
         return f"the first copy of the network state was not complete after {self._copy_s:g} s; the guest goes on"
+
+    async def _copied_or_lost(self, arrival: Arrival) -> bool:
+        """Wait for the first copy, no longer than `copy_s` and not when nothing more will come; is it here?"""
+        deadline = time.monotonic() + self._copy_s
+        while not arrival.has(COPIED) and (left := deadline - time.monotonic()) > 0:
+            if arrival.over or arrival.failed or self._side.arriving(arrival.vm) == Phase.FENCED:
+                break
+            await arrival.until(COPIED, min(left, LOST_POLL_S))
+        return arrival.has(COPIED)
 
     async def call_off(self, vm: str, reason: str) -> None:
         """The guest will not come: end the migration now. The source's word counts all the same."""
