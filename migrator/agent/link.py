@@ -15,6 +15,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent.outgoing import Outgoing
 from migrator.agent.stream import CHANNEL_OPTIONS
+from migrator.faults import passing
 
 PAUSE_FIRST_S = 0.1
 PAUSE_LAST_S = 3.0
@@ -97,6 +98,7 @@ class Link:
 
     async def _read(self, call: Any, outgoing: Outgoing) -> None:
         async for message in call:
+            passing("agent.got", message)
             if self._outgoing is None:
                 self._outgoing = outgoing
                 self._log.info("coordinator attached", address=self._address)
@@ -113,4 +115,6 @@ class Link:
 async def _write(call: Any, outgoing: Outgoing) -> None:
     """Until the stream breaks, which its reader notices."""
     while True:
-        await call.write(await outgoing.get())
+        message = await outgoing.get()
+        passing("agent.send", message)
+        await call.write(message)

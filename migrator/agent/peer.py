@@ -16,6 +16,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent.destination import DestinationEnd
 from migrator.agent.ends import Ends
+from migrator.faults import passing, reach
 from migrator.lifecycle import destination_words as words
 
 BEGIN_S = 10.0
@@ -60,6 +61,7 @@ class PeerService(rpc.PeerServicer):
         past = self._ends.past(begin.migration)
         if past is not None and past.opened:
             for message in _SETTLED:
+                passing("destination.send", message)
                 yield message
             return
         end = self._ends.destination(begin.migration)
@@ -71,6 +73,7 @@ class PeerService(rpc.PeerServicer):
         end.attach(source)
         try:
             async for message in source.messages():
+                passing("destination.send", message)
                 yield message
         finally:
             reader.cancel()
@@ -83,6 +86,7 @@ class PeerService(rpc.PeerServicer):
         loading: deque[asyncio.Future[None]] = deque()
         try:
             async for message in requests:
+                passing("destination.got", message)
                 if message.WhichOneof("message") == "section":
                     loading.append(end.load(message.section))
                 while loading and (len(loading) > LOADING_MAX or not message.HasField("section")):
@@ -103,17 +107,23 @@ class PeerService(rpc.PeerServicer):
             source.close()
 
     async def Ask(self, request: pb.MoveQuery, context: Any) -> pb.MoveState:  # noqa: N802
+        reach("destination", "got.ask")
         end = self._ends.destination(request.migration)
         if end is None:
-            return self._ends.past(request.migration) or await self._ends.found(request.vm, request.epoch)
-        return await asyncio.wait_for(end.ask(), max(context.time_remaining() or BEGIN_S, 0.001))
+            answer = self._ends.past(request.migration) or await self._ends.found(request.vm, request.epoch)
+        else:
+            answer = await asyncio.wait_for(end.ask(), max(context.time_remaining() or BEGIN_S, 0.001))
+        reach("destination", "send.answer")
+        return answer
 
 
 async def _begin(requests: AsyncIterator[pb.FromSource]) -> pb.Begin:
     """The first message; an empty one when none comes or it is another."""
     try:
         async with asyncio.timeout(BEGIN_S):
-            return (await anext(aiter(requests))).begin
+            message = await anext(aiter(requests))
+            passing("destination.got", message)
+            return message.begin
     except (TimeoutError, StopAsyncIteration):
         return pb.Begin()
 

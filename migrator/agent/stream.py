@@ -12,6 +12,7 @@ import grpc
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.errors import DeadlineExceeded, PeerLost
+from migrator.faults import passing, reach
 
 MESSAGE_BYTES = 8 << 20
 CHANNEL_OPTIONS = [
@@ -74,6 +75,7 @@ class PeerStream:
         if not self.alive:
             raise PeerLost(f"no stream to {self.address}")
         async with self._lock:
+            passing("source.send", message)
             try:
                 await self._call.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
@@ -83,6 +85,7 @@ class PeerStream:
         reason = "the destination closed the stream"
         try:
             async for message in self._call:
+                passing("source.got", message)
                 self._on_message(message)
         except grpc.aio.AioRpcError as error:
             reason = f"the stream to {self.address} broke: {error.details()}"
@@ -122,7 +125,9 @@ async def ask(address: str, query: pb.MoveQuery, timeout_s: float) -> pb.MoveSta
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         try:
             stub: Any = rpc.PeerStub(channel)  # type: ignore[no-untyped-call]
+            reach("source", "send.ask")
             state: pb.MoveState = await stub.Ask(query, timeout=timeout_s)
+            reach("source", "got.answer")
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise DeadlineExceeded(f"{address} did not answer in {timeout_s:.0f} s") from error

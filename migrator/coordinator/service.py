@@ -16,6 +16,7 @@ from migrator.coordinator.roster import Session
 from migrator.coordinator.rpc import reported
 from migrator.coordinator.watch import watch
 from migrator.errors import ConfigInvalid
+from migrator.faults import passing
 
 OPTIONS = (
     ("grpc.keepalive_time_ms", 5_000),
@@ -47,6 +48,7 @@ class CoordinatorService(migrator_pb2_grpc.CoordinatorServicer):
             reader = asyncio.get_running_loop().create_task(self._read(session, requests))
             try:
                 async for message in session.messages():
+                    passing("coordinator.send", message)
                     yield message
             finally:
                 reader.cancel()
@@ -55,6 +57,7 @@ class CoordinatorService(migrator_pb2_grpc.CoordinatorServicer):
     async def _read(self, session: Session, requests: Any) -> None:
         try:
             async for message in requests:
+                passing("coordinator.got", message)
                 if session.open:
                     self._cluster.receive(session, message)
         except grpc.RpcError as error:
@@ -119,6 +122,8 @@ async def _hello(requests: Any) -> pb.Hello:
         first: pb.FromAgent | None = await asyncio.wait_for(anext(aiter(requests), None), HELLO_TIMEOUT_S)
     except TimeoutError:
         first = None
+    if first is not None:
+        passing("coordinator.got", first)
     if first is None or first.WhichOneof("message") != "hello":
         raise ConfigInvalid("an agent's first message must be its Hello")
     return first.hello
