@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import libvirt
 import pytest
@@ -13,10 +16,13 @@ from migrator.lab import netns
 from migrator.lab.machines import Machine, Port, add_peer
 from migrator.lab.processes import wait_until
 
-from .hooked import FOLLOWED_MAX, LIVE, SERVICE, Moving, Traffic, ended, hooked, metadata, reports, slowly
+from .hooked import FOLLOWED_MAX, LIVE, SERVICE, Moving, Traffic, ended, hooked, install, metadata, reports, slowly
 from .lab import GuestMachine, LibvirtCluster, Wiring, add_guest, allow_downtime, migrate
 
 pytestmark = pytest.mark.slow
+DISK_BYTES, DISK_SEED = 32 << 20, 17
+OFFLINE = libvirt.VIR_MIGRATE_OFFLINE | libvirt.VIR_MIGRATE_PEER2PEER | libvirt.VIR_MIGRATE_PERSIST_DEST
+OFFLINE |= libvirt.VIR_MIGRATE_UNDEFINE_SOURCE
 LED = {"max_passes": "1"}
 """The agent stops the guest at QEMU's first pass: without KVM it may not wait for a second one."""
 
@@ -240,3 +246,78 @@ def test_a_vm_that_stays_paused_after_its_move(standing: Standing) -> None:
     arrived.resume()
     assert standing.ended(count + 1).outcome == "complete"
     standing.traffic.check()
+
+
+def test_storage_is_copied_with_the_state(cluster: LibvirtCluster, peer: Machine) -> None:
+    """`--copy-storage-all`: QEMU mirrors the disk first, and the pause waits for it."""
+    content = random.Random(DISK_SEED).randbytes(DISK_BYTES)
+    with cluster.scope():
+        port = Port("52:54:00:00:00:14", "blue", ("10.1.0.14",))
+        guest = add_guest(cluster, "vm4", "h1", [port], metadata=metadata(port, **LED), disk=content)
+        guest.booted()
+        traffic = Traffic(guest, peer)
+        for number, to in enumerate(("h2", "h1"), 1):
+            if to == "h1":
+                guest.disk(to).write_bytes(bytes(DISK_BYTES))
+            migrate(guest, to, flags=LIVE | libvirt.VIR_MIGRATE_NON_SHARED_DISK)
+            report = ended(cluster, guest, number)
+            assert (report.outcome, report.destination) == ("complete", to), report
+            assert guest.disk(to).read_bytes() == content
+            traffic.check()
+        lost = traffic.count()
+        followed = sum(not report.leading for report in reports(cluster, guest))
+        assert lost["from"] == (0, 0)
+        assert lost["to"][1] == 0 and lost["to"][0] <= FOLLOWED_MAX * followed, (lost, followed)
+
+
+def test_a_vm_that_is_off_starts_elsewhere(cluster: LibvirtCluster, peer: Machine) -> None:
+    """`virsh migrate --offline` moves a definition; the ports are where the VM starts, and nowhere else."""
+    with cluster.scope():
+        port = Port("52:54:00:00:00:15", "blue", ("10.1.0.15",))
+        guest = add_guest(cluster, "vm5", "h1", [port], metadata=metadata(port), start=False)
+        cluster.hosts["h1"].define(guest.xml).create()
+        guest.booted()
+        peer.worker("tcp").call("listen", address="0.0.0.0", port=SERVICE)
+        for here, there in (("h1", "h2"), ("h2", "h1")):
+            assert guest.worker("tcp").call("connect", address=peer.address, port=SERVICE, count=5)["connected"] == 5
+            guest.control.close()
+            off = guest.domain()
+            off.destroy()
+            params = {libvirt.VIR_MIGRATE_PARAM_URI: f"tcp://{cluster.hosts[there].address}"}
+            off.migrateToURI3(cluster.hosts[there].remote_uri, params, OFFLINE)
+            started = cluster.hosts[there].domain(guest.uuid)
+            assert started is not None
+            started.create()
+            guest.booted()
+            wait_until("its ports are there only", partial(_only_at, cluster, guest, there, here), 20.0)
+        assert guest.worker("tcp").call("connect", address=peer.address, port=SERVICE, count=5)["connected"] == 5
+
+
+def test_a_vm_comes_from_a_host_without_an_agent(cluster: LibvirtCluster) -> None:
+    """What it has under way was never seen to begin: its port learns, until it is told to enforce."""
+    source = cluster.hosts["h1"]
+    source.run_inside(sys.executable, "-m", "migrator.cli.main", "libvirt", "uninstall")
+    cluster.agents["h1"].kill()
+    try:
+        with cluster.scope():
+            port = Port("52:54:00:00:00:16", "blue", ("10.1.0.16",))
+            guest = add_guest(cluster, "vm6", "h1", [port], metadata=metadata(port))
+            guest.booted()
+            migrate(guest, "h2")
+            wait_until("its port learns", lambda: _learning(cluster, guest) == [True], 20.0)
+    finally:
+        install(cluster)
+        cluster.restart(cluster.agents["h1"])
+    gone(cluster, guest)
+
+
+def _learning(cluster: LibvirtCluster, guest: GuestMachine) -> list[bool]:
+    """Of its ports, of which each is active at h2."""
+    active = {p.instance.mac for p in cluster.ports("h2") if p.instance.state == "active"}
+    declared = cluster.coordinator_stub().Show(pb.Empty(), timeout=10).ports
+    return [port.learning for port in declared if port.vm == guest.uuid and port.mac in active]
+
+
+def _only_at(cluster: LibvirtCluster, guest: GuestMachine, there: str, here: str) -> bool:
+    found = {host: [port for port in cluster.ports(host) if port.instance.vm == guest.uuid] for host in (there, here)}
+    return not found[here] and [port.instance.state for port in found[there]] == ["active"]

@@ -21,7 +21,7 @@ from migrator.agent.libvirt.domain import Domain
 from migrator.agent.libvirt.hooksocket import HookSocket, Reply, Request
 from migrator.agent.libvirt.operations import Operations
 from migrator.agent.libvirt.options import LibvirtOptions
-from migrator.errors import AlreadyMigrating, ConfigInvalid, PeerLost, PreflightFailed
+from migrator.errors import AlreadyMigrating, ConfigInvalid, MigrationNotFound, PeerLost, PreflightFailed
 
 VM = "6f0c4d2e-7a55-4c0e-9d5e-3f2b8a1c0d01"
 DEADLINE_S = 10.0
@@ -83,8 +83,8 @@ class Inventory:
         await self.slow.wait()
         self.calls.append(what)
 
-    async def starting(self, domain: Domain) -> list[str]:
-        await self._called(f"starting {domain.name}")
+    async def starting(self, domain: Domain, *, unknown: bool = False) -> list[str]:
+        await self._called(f"starting {domain.name}{' unknown' if unknown else ''}")
         if self.refusal is not None:
             raise self.refusal
         return []
@@ -189,6 +189,18 @@ def test_migrate_is_refused_with_the_reason(script: list[Any], reason: str) -> N
         with pytest.raises(Exception, match=reason):
             await bench.hook("migrate")
         assert not bench.arrivals.in_hand(VM)
+
+    run(work)
+
+
+def test_a_vm_that_nobody_knows_is_off_or_comes_from_a_host_without_an_agent() -> None:
+    async def work() -> None:
+        bench = Bench([MigrationNotFound("no port is declared for VM 'shop'")])
+        assert await bench.hook("migrate") == {"ok": True}
+        assert not bench.arrivals.in_hand(VM)
+        assert await bench.hook("prepare") == {"ok": True}
+        await bench.hook("prepare")  # the next start is one like any other
+        assert bench.inventory.calls == ["starting shop unknown", "starting shop"]
 
     run(work)
 

@@ -398,6 +398,32 @@ def test_a_vm_that_came_without_us_is_adopted_when_it_has_left_its_host(tmp_path
     scenario(tmp_path, test)
 
 
+@pytest.mark.parametrize("came", ["migrated", "booted"])
+def test_only_a_vm_that_came_running_from_a_host_without_us_learns(tmp_path: Path, came: str) -> None:
+    """Told to come when nobody knew it, it is off or runs elsewhere without ports: its start says which."""
+
+    async def test(host: Host, inventory: Inventory) -> None:
+        domain = parse(xml(MAC))
+        await inventory.starting(domain, unknown=True)
+        await inventory.restoring(domain)
+        assert host.ports and not host.ports[MAC].learning, "what cannot be declared refuses the move"
+        assert host.live is not None
+        host.live[VM] = xml(MAC)
+        await inventory.started(domain)  # the hook may be quicker than the event
+        assert not host.ports[MAC].learning
+        before = len(host.calls)
+        inventory.hear(VM, "started", came)
+        await eventually(lambda: "declare" in host.calls[before:])
+        assert host.ports[MAC].learning is (came == "migrated")
+        host.ports[MAC].learning = False  # the operator enforces
+        before = len(host.calls)
+        inventory.hear(VM, "metadata")
+        await eventually(lambda: "declare" in host.calls[before:])
+        assert not host.ports[MAC].learning
+
+    scenario(tmp_path, test)
+
+
 def test_a_withdrawal_that_has_to_wait_for_a_move_is_made_after_it(tmp_path: Path) -> None:
     async def test(host: Host, inventory: Inventory) -> None:
         await boot(host, inventory, MAC)

@@ -4,8 +4,9 @@ Hooks and events say the same twice and in either order, and some of it is misse
 heard only leads to another look at the live domain, and doing it again changes nothing. What is done about one VM is
 done one after the other. A VM on its way here is its migration's business until it has come.
 
-*Adoption*: of a VM that runs already when its ports are made, connections exist that were never seen to begin. Such
-ports learn (they take up what is under way) until the operator says `migrator port enforce`.
+*Adoption*: of a VM that runs already when its ports are made, or that came running from a host without an agent,
+connections exist that were never seen to begin. Such ports learn (they take up what is under way) until the operator
+says `migrator port enforce`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class _Vm:
     """What is known of one VM. `ended`: "saved" or "stopped", as the event said of its last run.
 
     `begins`: between the hook's first word and the guest's first instruction libvirt does not list it as running.
-    `fresh`: its start was heard. `kept`, `gone`: what its end asks for has been done.
+    `fresh`: its start was heard. `kept`, `gone`: what its end asks for has been done. `unknown`: nobody had ports of it
+    when it was said to come.
     """
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -60,6 +62,7 @@ class _Vm:
     fresh: bool = False
     kept: bool = False
     gone: bool = False
+    unknown: bool = False
     quiet: int = 0
     why: str = ""  # it is to be looked at again, for that reason
     problem: str = ""
@@ -115,12 +118,14 @@ class Inventory:
         """Its machine is about to be made from saved memory."""
         self._vm(domain.uuid).restoring = True
 
-    async def starting(self, domain: Domain) -> list[str]:
+    async def starting(self, domain: Domain, *, unknown: bool = False) -> list[str]:
         """Its machine is about to be made here. Returns warnings; raises what refuses the start.
 
-        Interfaces whose devices libvirt has yet to name are declared by `restoring`.
+        Interfaces whose devices libvirt has yet to name are declared by `restoring`. `unknown`: no agent had ports of
+        it when it was said to come; only libvirt's event will say whether it came running.
         """
         self._vm(domain.uuid).begin(begins=True)
+        self._vm(domain.uuid).unknown = unknown
         if any(not port.device for port in domain.ports):
             return []
         return await self._declare_start(domain)
@@ -165,6 +170,7 @@ class Inventory:
             self._go(self._settle(vm, what))
         elif what in {"started", "restored"}:
             self._vm(vm).begin(begins=False)
+            self._vm(vm).unknown &= detail == "migrated"
             if (what, detail) == ("started", "booted"):
                 self._saved.drop(vm)  # as `restoring` does, where there is no hook
             elif (what, detail) == ("restored", "saved"):
@@ -235,7 +241,9 @@ class Inventory:
                 return
             for reason in domain.refused:
                 self._log.warning("interface is not a port", vm=vm, reason=reason)
-            await self._declare(domain, learning=self._vm(vm).adopts(why))
+            learning = self._vm(vm).adopts(why)
+            await self._declare(domain, learning=learning)
+            self._vm(vm).unknown &= not learning
             if self._vm(vm).restoring and self._saved.has(vm):
                 await self._restore(vm)
 
@@ -251,7 +259,7 @@ class Inventory:
     async def _declare(self, domain: Domain, *, learning: bool) -> list[str]:
         ports = placed([port for port in domain.ports if port.device], self._side.host)
         if learning:
-            there = await self._instances(domain.uuid)
+            there = {} if self._vm(domain.uuid).unknown else await self._instances(domain.uuid)
             for port in ports:
                 port.learning = port.mac not in there
                 if port.learning:

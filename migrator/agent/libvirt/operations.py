@@ -1,6 +1,7 @@
 """What each operation of libvirt's hook does.
 
-    destination   migrate     the state of the VM begins to follow it here, or the move is refused
+    destination   migrate     the state of the VM begins to follow it here, or the move is refused; nothing of a VM that
+                              nobody knows: it is off (`--offline`), or its host has no agent
                   prepare     taps are made; waits for the first full copy
     start         restore     the start will be one from saved memory
                   prepare     taps are made, ports declared, or the start is refused
@@ -28,7 +29,7 @@ from migrator.agent.libvirt.arrivals import Arrivals
 from migrator.agent.libvirt.domain import Domain, device_names, parse, with_devices
 from migrator.agent.libvirt.hooksocket import Reply, Request
 from migrator.agent.libvirt.taps import Taps
-from migrator.errors import PreflightFailed
+from migrator.errors import MigrationNotFound, PreflightFailed
 
 FREE_S = 2.0  # a device of the VM's last stay here is about to go
 FREE_POLL_S = 0.02
@@ -37,8 +38,11 @@ FREE_POLL_S = 0.02
 class Inventory(Protocol):
     """Who keeps the ports of this host's VMs as libvirt has them. All calls may be repeated."""
 
-    async def starting(self, domain: Domain) -> list[str]:
-        """The VM is about to start here: its ports are declared; returns warnings. Raises what refuses the start."""
+    async def starting(self, domain: Domain, *, unknown: bool = False) -> list[str]:
+        """The VM is about to start here: its ports are declared; returns warnings. Raises what refuses the start.
+
+        `unknown`: nobody knew of it when it was last said to come; if it comes running its ports learn.
+        """
 
     async def coming_back(self, domain: Domain) -> None:
         """Its machine is about to be made from saved memory."""
@@ -66,6 +70,7 @@ class Operations:
         self._strict = strict
         self._turns: dict[str, _Turn] = {}
         self._expected: set[str] = set()  # VMs that have been announced, whose machine is not being made yet
+        self._unknown: set[str] = set()  # VMs said to come that no agent had ports of, until their machine is made
         self._tasks: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
 
@@ -128,6 +133,9 @@ class Operations:
         try:
             strict = self._strict if domain.strict is None else domain.strict
             await self._arrivals.begin(domain.uuid, strict=strict)
+        except MigrationNotFound:
+            self._unknown.add(domain.uuid)
+            self._log.info("a VM comes of which nobody has ports", vm=domain.uuid, name=domain.name)
         except asyncio.CancelledError:  # libvirtd has gone: nobody waits for this VM any more
             self._call_off(domain, "the destination's libvirtd gave up")
             raise
@@ -144,13 +152,15 @@ class Operations:
 
     async def _prepare(self, domain: Domain, _: Request) -> Reply:
         self._refuse(domain)
+        unknown = domain.uuid in self._unknown
         self._expected.discard(domain.uuid)
+        self._unknown.discard(domain.uuid)
         await asyncio.to_thread(self._taps.make, domain)
         try:
             if self._arrivals.in_hand(domain.uuid):
                 warnings = [await self._arrivals.copied(domain.uuid)]
             else:
-                warnings = await self._inventory.starting(domain)
+                warnings = await self._inventory.starting(domain, unknown=unknown)
         except Error:
             await asyncio.to_thread(self._taps.remove, domain.uuid)
             raise

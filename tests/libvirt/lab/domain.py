@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Domain XML of a guest: emulated (no KVM), one vCPU, virtio-net, no disk."""
+"""Domain XML of a guest: emulated (no KVM), one vCPU, virtio-net, no disk unless asked for."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ def domain_xml(
     *,
     memory_mib: int = 128,
     metadata: str = "",
+    disk: bool = False,
 ) -> str:
-    """XML of a domain. `metadata`: XML elements, each with a namespace of its own."""
+    """XML of a domain. `metadata`: XML elements, each with a namespace of its own. `disk`: raw, at `disk_path`."""
+    source = f"<source file='{disk_path(name)}'/><target dev='vda' bus='virtio'/>"
+    disks = f"<disk type='file' device='disk'><driver name='qemu' type='raw'/>{source}</disk>" if disk else ""
     interfaces = "".join(_interface(port, wire) for port, wire in zip(ports, wiring, strict=True))
     return f"""
 <domain type='qemu'>
@@ -59,7 +62,7 @@ def domain_xml(
   <on_reboot>restart</on_reboot>
   <on_crash>destroy</on_crash>
   <devices>
-    <emulator>/usr/bin/qemu-system-x86_64</emulator>{interfaces}
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}{interfaces}
     <serial type='file'><source path='{console_path(name)}'/><target port='0'/></serial>
     <serial type='unix'><source mode='bind' path='{control_path(name)}'/><target port='1'/></serial>
     <controller type='usb' model='none'/>
@@ -76,6 +79,11 @@ def console_path(name: str) -> str:
 def control_path(name: str) -> str:
     """The socket of the guest's second serial port, in the host."""
     return f"/run/{name}.ctl"
+
+
+def disk_path(name: str) -> str:
+    """Its disk, in the host."""
+    return f"/var/lib/libvirt/images/{name}.raw"
 
 
 def _networks(ports: Sequence[Port]) -> str:

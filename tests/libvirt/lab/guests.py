@@ -16,7 +16,7 @@ from migrator.lab.machines import Machine, Port
 from migrator.lab.processes import wait_until
 
 from .control import Control, GuestWorker
-from .domain import Wiring, console_path, control_path, domain_xml
+from .domain import Wiring, console_path, control_path, disk_path, domain_xml
 from .image import image
 from .labs import AnyLab, host_path
 
@@ -70,6 +70,10 @@ class GuestMachine(Machine):
         files = [host_path(self.hosts, host, console_path(self.name)) for host in self.hosts.hosts]
         return "".join(file.read_text(errors="replace") for file in files if file.exists())
 
+    def disk(self, host: str) -> Path:
+        """The file of its disk, from outside."""
+        return host_path(self.hosts, host, disk_path(self.name))
+
     def destroy(self) -> None:
         """End it everywhere."""
         self.control.close()
@@ -96,17 +100,24 @@ def add_guest(
     *,
     memory_mib: int = 128,
     metadata: str = "",
+    disk: bytes = b"",
     start: bool = True,
     **fields: Any,
 ) -> GuestMachine:
     """A guest, begun on a host; `booted()` waits for it. Its taps have the same name everywhere. It goes with the lab,
-    or with the `scope` that it was made in."""
+    or with the `scope` that it was made in. `disk`: what is on its disk there; the other hosts have room for it."""
     for number, port in enumerate(ports):
         port.device = port.device or f"{name}.{number}"[:15]
     machine = GuestMachine(lab, name, host, list(ports), hosts=lab, **fields)
     wires = [wiring] * len(ports) if isinstance(wiring, Wiring) else wiring
-    machine.xml = domain_xml(name, machine.uuid, image(), ports, wires, memory_mib=memory_mib, metadata=metadata)
+    own = {"memory_mib": memory_mib, "metadata": metadata, "disk": bool(disk)}
+    machine.xml = domain_xml(name, machine.uuid, image(), ports, wires, **own)
     lab.stack.callback(machine.destroy)
+    for at in lab.hosts if disk else ():
+        path = machine.disk(at)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(disk if at == host else bytes(len(disk)))
+        lab.stack.callback(path.unlink)
     if start:
         lab.hosts[host].create(machine.xml)
     return machine

@@ -12,7 +12,7 @@ from migrator.lab.cluster import Cluster
 from migrator.lab.processes import Daemon
 from migrator.lab.topology import Lab
 
-from .host import HostDaemon, LibvirtHost
+from .host import PLACES, HostDaemon, LibvirtHost
 
 BRIDGE = "br0"
 
@@ -85,6 +85,6 @@ AnyLab = LibvirtLab | LibvirtCluster
 
 
 def host_path(lab: AnyLab, host: str, inside: str) -> Path:
-    """Where a file below /run or /var/log/libvirt of a host is seen from outside."""
-    here = lab.hosts[host]
-    return here.run / inside.removeprefix("/run/") if inside.startswith("/run/") else here.logs / Path(inside).name
+    """Where a file below one of a host's own places (`PLACES`) is seen from outside."""
+    place = max((place for place in PLACES if inside.startswith(f"{place}/")), key=len)
+    return lab.hosts[host].directory / PLACES[place] / Path(inside).relative_to(place)
