@@ -152,6 +152,7 @@ class End(abc.ABC):
     def begin(self, actions: Sequence[Action]) -> None:
         """Store the first state and do what comes first."""
         self._save()
+        reach(self.role, self.state.phase)
         self._arm()
         for action in actions:
             self._actions.put_nowait(action)

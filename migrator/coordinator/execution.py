@@ -61,6 +61,7 @@ class Execution:
     def begin(self, run: Running, actions: tuple[Action, ...]) -> None:
         """Take a new migration in hand. Raises JournalFailed, and then it is not."""
         self._commit(run, counters={epoch_counter(run.agreed.vm): run.agreed.epoch})
+        reach("coordinator", run.machine.phase)
         self.running[run.id] = run
         RUNNING.inc()
         self._after_step(run, run.machine, actions)
