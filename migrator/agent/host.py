@@ -102,6 +102,7 @@ class HostConfig:
         async with self._lock:
             problems = await asyncio.to_thread(self._change_places, update.places, update.removed)
             self._place_revision = max(self._place_revision, update.revision)
+            self._store.add_places(update)
         if problems:
             raise NotReady("; ".join(problems), hint="a network or host that is not known yet comes with the next Sync")
 

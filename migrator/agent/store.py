@@ -10,8 +10,10 @@ NAME.damaged, with a warning, and the agent goes on with what the switch and the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +28,8 @@ from migrator.errors import JournalFailed
 
 T = TypeVar("T")
 SYNC_MAGIC = b"sync\x00\x00\x00\x01"  # the last byte is the version
+PLACES_BYTES = 1 << 20  # of changes; then all is written anew
+_HEAD = struct.Struct("<Q8s")  # length of a change, and its digest
 
 
 class Store:
@@ -34,6 +38,7 @@ class Store:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._ends = directory / "migrations"
+        self._places = directory / "places.pb"
         self._log = structlog.get_logger()
         self._open: dict[str, tuple[int, int]] = {}  # descriptor and length of what was written
         try:
@@ -42,12 +47,33 @@ class Store:
             raise _unwritable(directory, error) from error
 
     def sync(self) -> pb.Sync:
-        """What the coordinator said last, empty if it never did."""
-        return self._read(self._directory / "sync.pb", _unsealed, pb.Sync())
+        """What the coordinator said last, empty if it never did; places as they were told since."""
+        sync = self._read(self._directory / "sync.pb", _unsealed, pb.Sync())
+        told = sync.revision
+        nothing: list[pb.PlaceUpdate] = []
+        for update in self._read(self._places, _updates, nothing):
+            if update.revision > told:  # the agent may have died before it took away what a Sync made superfluous
+                _follow(sync, update)
+        return sync
 
     def save_sync(self, sync: pb.Sync) -> None:
         body = sync.SerializeToString()
         self._replace(self._directory / "sync.pb", SYNC_MAGIC + xxhash.xxh3_64_digest(body) + body)
+        self._places.unlink(missing_ok=True)
+
+    def add_places(self, update: pb.PlaceUpdate) -> None:
+        """Places have changed since the last Sync: a few bytes for each change, not all of them again."""
+        body = update.SerializeToString()
+        try:
+            with self._places.open("ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(piece := _piece(body)) < len(piece):
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise _unwritable(self._places, error) from error
+        if size > PLACES_BYTES:
+            self.save_sync(self.sync())
 
     def doubt_sync(self, why: str) -> None:
         """What the coordinator said last can be read and makes no sense."""
@@ -137,6 +163,37 @@ def _unsealed(data: bytes) -> pb.Sync:
     if digest != xxhash.xxh3_64_digest(body):
         raise ValueError("cut off, or changed")
     return pb.Sync.FromString(body)
+
+
+def _piece(body: bytes) -> bytes:
+    return _HEAD.pack(len(body), xxhash.xxh3_64_digest(body)) + body
+
+
+def _updates(data: bytes) -> list[pb.PlaceUpdate]:
+    """Changes of places, in order. Raises ValueError when the file does not consist of them."""
+    found, start = [], 0
+    while start < len(data):
+        if len(data) - start < _HEAD.size:
+            raise ValueError("cut off")
+        length, digest = _HEAD.unpack_from(data, start)
+        body = data[start + _HEAD.size : start + _HEAD.size + length]
+        if len(body) != length or digest != xxhash.xxh3_64_digest(body):
+            raise ValueError("cut off, or changed")
+        found.append(pb.PlaceUpdate.FromString(body))
+        start += _HEAD.size + length
+    return found
+
+
+def _follow(sync: pb.Sync, update: pb.PlaceUpdate) -> None:
+    """Change the places of a Sync as an update says."""
+    places = {(place.network, place.mac): place for place in sync.places}
+    for place in update.removed:
+        places.pop((place.network, place.mac), None)
+    places.update({(place.network, place.mac): place for place in update.places})
+    kept = [pb.Place.FromString(place.SerializeToString()) for place in places.values()]
+    del sync.places[:]
+    sync.places.extend(kept)
+    sync.revision = update.revision
 
 
 def _fields(data: bytes) -> dict[str, Any] | None:

@@ -29,6 +29,47 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert Store(tmp_path).sync() == pb.Sync()
 
 
+def place(mac: str, host: str) -> pb.Place:
+    return pb.Place(network="blue", mac=mac, host=host)
+
+
+def update(revision: int, *places: pb.Place, removed: tuple[pb.Place, ...] = ()) -> pb.PlaceUpdate:
+    return pb.PlaceUpdate(places=places, removed=removed, revision=revision)
+
+
+def places(store: Store) -> dict[str, str]:
+    return {one.mac: one.host for one in store.sync().places}
+
+
+def test_places_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was told since the last Sync counts, and what was told before it does not any more."""
+    sync = a_sync()
+    sync.places.extend([place("1", "a"), place("2", "a")])
+    store = Store(tmp_path)
+    store.add_places(update(6, place("1", "old")))
+    told = (tmp_path / "places.pb").read_bytes()
+    store.save_sync(sync)
+    (tmp_path / "places.pb").write_bytes(told)  # the agent died between the two
+    store.add_places(update(8, place("1", "b"), place("3", "b")))
+    store.add_places(update(8, place("4", "b"), removed=(place("2", ""),)))
+    assert places(Store(tmp_path)) == {"1": "b", "3": "b", "4": "b"}
+    monkeypatch.setattr("migrator.agent.store.PLACES_BYTES", 10)
+    store.add_places(update(9, place("3", "c")))
+    assert not (tmp_path / "places.pb").exists()
+    assert places(Store(tmp_path)) == {"1": "b", "3": "c", "4": "b"}
+    assert Store(tmp_path).sync().hosts == sync.hosts
+
+
+@pytest.mark.parametrize("damage", [slice(0, -3), slice(0, 9), slice(1, None)])
+def test_damaged_places_are_put_aside(tmp_path: Path, damage: slice) -> None:
+    store = Store(tmp_path)
+    store.save_sync(a_sync())
+    store.add_places(update(8, place("1", "b")))
+    (tmp_path / "places.pb").write_bytes((tmp_path / "places.pb").read_bytes()[damage])
+    assert Store(tmp_path).sync() == a_sync()
+    assert (tmp_path / "places.damaged").exists()
+
+
 def damaged(tmp_path: Path, damage: str) -> bytes:
     Store(tmp_path).save_sync(a_sync())
     good = (tmp_path / "sync.pb").read_bytes()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from datapath.drivers.dummy import DummyDriver
 from datapath.errors import KernelError, NotReady
 from datapath.provider import PortRef, PortState
 from datapath.state.kind import Op
@@ -553,6 +554,28 @@ def test_an_agent_starts_though_a_place_cannot_be_set(tmp_path: Path, monkeypatc
         monkeypatch.setattr("datapath.drivers.dummy.DummyDriver.set_place", refuse)
         await w.start("a")
         assert len(w.active("a")) == len(MACS)
+
+    run(scenario, tmp_path, "a")
+
+
+def test_an_agent_starts_with_the_places_that_it_was_told_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last Sync may be months old; what was told since is not undone while there is no coordinator."""
+
+    async def scenario(w: World) -> None:
+        old, new = (pb.Place(network="blue", mac="52:54:00:00:01:01", host=host) for host in ("old", "new"))
+        hosting = w.agents["a"].hosting
+        sync = w.agents["a"].store.sync()
+        sync.places.extend([old])
+        sync.hosts.update({"old": "10.0.0.8", "new": "10.0.0.9"})
+        sync.revision = 10_000
+        await hosting.sync(sync)
+        await hosting.places(pb.PlaceUpdate(places=[new], revision=10_001))
+        await w.stop("a")
+        told: list[str] = []
+        setting = DummyDriver.set_place
+        monkeypatch.setattr(DummyDriver, "set_place", lambda self, one: (told.append(one.host), setting(self, one)))
+        await w.start("a")
+        assert told == ["new"]
 
     run(scenario, tmp_path, "a")
 
