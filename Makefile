@@ -9,11 +9,11 @@ BPF_SOURCES := $(wildcard datapath/bpf/*.bpf.c datapath/bpf/lib/*.h)
 LOCK := hooks/lock/migrator.so
 LOCK_SOURCES := $(wildcard hooks/lock/*.[ch])
 GUEST := $(wildcard tests/libvirt/guest/*.[ch])
-TESTS := tests/unit tests/contract tests/bpf tests/netns \
+TESTS := tests/unit tests/contract tests/bpf tests/netns tests/soak \
 	$(addprefix tests/libvirt/,test_lab.py test_migrate.py test_loop.py)
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
-.PHONY: help setup packages test lint demo bench build generate bpf lock-driver clean lock format test-% test-oldest-kernel bpf-coverage
+.PHONY: help setup packages test soak lint demo bench build generate bpf lock-driver clean lock format test-% test-oldest-kernel bpf-coverage
 
 help:  ## this list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -54,6 +54,10 @@ test: setup  ## all tests (root), but of those with QEMU guests only whole moves
 
 test-%: setup  ## the tests of one folder: make test-unit, test-bpf, test-netns, test-libvirt
 	@$(BIN)/python -m pytest tests/$* $(ARGS)
+
+soak: setup  ## an hour of random moves, changes and faults against a reference model (root); SOAK_MINUTES=, SEED=, STEPS=, ONLY=3,7
+	@$(BIN)/python -m tests.soak.run $(if $(SEED),--seed $(SEED)) $(if $(STEPS),--steps $(STEPS)) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(SOAK_MINUTES),--minutes $(SOAK_MINUTES))
 
 test-oldest-kernel: setup  ## the same on Linux 6.1 in an emulated machine, slowly: ARGS="tests/bpf -k uplink"
 	@tools/oldest_kernel.py $(BIN)/python -m pytest -p no:cacheprovider $(or $(ARGS),tests/netns/test_driver_forward.py)

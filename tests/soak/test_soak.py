@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A short soak; the long one is `make soak`. SOAK_MINUTES: how long, SEED: another plan."""
+
+from __future__ import annotations
+
+import ast
+import os
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from tests.soak import reference
+from tests.soak.plan import KINDS, Rule, Try, steps
+from tests.soak.reference import OWN, WHOLE, Config, Model
+from tests.soak.run import chosen, run, say
+
+MINUTES = float(os.environ.get("SOAK_MINUTES", "2.5"))  # with what is made before and taken away afterwards: three
+SEED = int(os.environ.get("SEED", "1"))
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(MINUTES * 60 + 400)
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces")
+def test_a_short_soak() -> None:
+    """Each sort of step at least once, if there is time; nothing that the reference model does not allow."""
+    say(f"seed {SEED}")
+    say(run(SEED, chosen(SEED, None, ""), MINUTES))
+
+
+def test_a_plan_depends_on_its_seed_and_nothing_else() -> None:
+    plan = list(islice(steps(7), 60))
+    assert plan == list(islice(steps(7), 60))
+    assert plan != list(islice(steps(8), 60))
+    assert {step.what for step in plan[: len(KINDS)]} == {what for what, _, _ in KINDS}
+    assert list(chosen(7, None, "3,5")) == [plan[2], plan[4]]
+
+
+def test_the_reference_has_no_line_of_the_product() -> None:
+    tree = ast.parse(Path(reference.__file__).read_text())
+    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert not [name for name in imported if name.startswith(("migrator", "datapath"))]
+
+
+@pytest.mark.parametrize(
+    ("rules", "word"),
+    [
+        (WHOLE, "allow"),
+        ((), "drop"),
+        ((Rule("to", 5, "tcp", ("10.1.0.1/32",), (7000, 7001), "reject"), *WHOLE), "reject"),
+        ((Rule("to", 5, "tcp", ("@near",), (7000, 7000), "drop"), *WHOLE), "drop"),
+        ((Rule("to", 5, "tcp", ("@far",), (7000, 7000), "drop"), *WHOLE), "allow"),
+        ((Rule("from", 5, "tcp", (), (7000, 7001), "drop"), *WHOLE), "allow"),
+        ((Rule("to", 5, "udp", (), (7000, 7001), "drop"), *WHOLE), "allow"),
+        ((*WHOLE, Rule("to", 999, "tcp", (), (7000, 7001), "drop")), "allow"),
+    ],
+)
+def test_what_the_reference_says_of_a_newcomer(rules: tuple[Rule, ...], word: str) -> None:
+    model = Model()
+    policies = {**model.config.rules, "v2": rules}
+    model.config = Config(policies, {"near": ("10.1.0.0/24",), "far": ("10.2.0.0/24",)}, model.config.attached)
+    assert model.config.attached["v2"] == OWN
+    assert model.admitted(Try("v1", "v2", "blue", "tcp", 7000, six=False)) == word
