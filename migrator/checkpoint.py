@@ -12,7 +12,7 @@ from typing import BinaryIO
 from datapath.errors import Error, LoadRejected
 from datapath.provider import Driver, Need, PortRef
 from datapath.registry import KINDS
-from datapath.state.kind import Op, Record, Table
+from datapath.state.kind import Nature, Op, Record, Table
 from datapath.state.port import PORT
 from migrator.errors import Corrupt, Incompatible, PreflightFailed
 from migrator.snapshot import Header, KindInfo, Section, SnapshotReader, Summary, snapshot
@@ -25,6 +25,14 @@ class Restored:
     refs: list[PortRef] = field(default_factory=list)
     loaded: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Configured:
+    """What is declared for a port now: its record, and tables of the other kinds of configuration."""
+
+    record: Record
+    tables: Sequence[Table] = ()
 
 
 def checkpoint(driver: Driver, refs: Sequence[PortRef], source: str, *, codec: str = "zstd") -> Iterator[bytes]:
@@ -72,8 +80,11 @@ def restore(
     devices: Mapping[str, str],
     *,
     open_ports: bool = True,
+    configured: Mapping[str, Configured] | None = None,
 ) -> Restored:
     """Make the ports of a snapshot here, with epoch `epoch`, on the device that `devices` gives for each MAC.
+
+    `configured`, by MAC, goes before the configuration in the snapshot: what was withdrawn since does not come back.
 
     `open_stream` opens the snapshot from its beginning: it is read twice, first to its end to check everything of it.
     Then all ports are staged, loaded, committed and, with `open_ports`, opened; what fails on the way purges them all.
@@ -84,6 +95,8 @@ def restore(
     with open_stream() as stream:
         header, records, summary = _validated(stream)
     refs = {mac: PortRef(header.vm, mac, epoch) for mac in header.ports}
+    today = {mac: port for mac, port in (configured or {}).items() if mac in refs}
+    records |= {mac: port.record for mac, port in today.items()}
     _preflight(driver, header, records, devices)
     restored = Restored(list(refs.values()), skipped=dict(summary.skipped))
     staged: list[PortRef] = []
@@ -91,9 +104,12 @@ def restore(
         for mac, ref in refs.items():
             driver.stage(ref, records[mac], devices[mac])
             staged.append(ref)  # only now: what stage refused may be an instance that lives
+            for table in today[mac].tables if mac in today else ():
+                _load_table(driver, ref, table, restored)
         with open_stream() as stream:
             for section in SnapshotReader(stream):
-                _load(driver, refs[section.port], section, restored)
+                if not (section.port in today and _is_configuration(section)):
+                    _load(driver, refs[section.port], section, restored)
         for ref in staged:
             driver.commit(ref)
         for ref in staged if open_ports else ():
@@ -132,12 +148,22 @@ def _load(driver: Driver, ref: PortRef, section: Section, restored: Restored) ->
     if section.table is None or section.kind not in driver.kinds():
         restored.skipped[section.kind] = restored.skipped.get(section.kind, 0) + section.count
         return
-    loaded = driver.load(ref, section.table)
+    _load_table(driver, ref, section.table, restored)
+
+
+def _load_table(driver: Driver, ref: PortRef, table: Table, restored: Restored) -> None:
+    loaded = driver.load(ref, table)
     if loaded.rejected:
         reasons = ", ".join(f"{count} {reason}" for reason, count in loaded.rejected)
-        raise LoadRejected(f"records of kind {section.kind} do not fit: {reasons}", hint="nothing was restored")
-    if section.op is Op.LOAD:
-        restored.loaded[section.kind] = restored.loaded.get(section.kind, 0) + loaded.loaded
+        raise LoadRejected(f"records of kind {table.kind} do not fit: {reasons}", hint="nothing was restored")
+    if table.op is Op.LOAD:
+        restored.loaded[table.kind] = restored.loaded.get(table.kind, 0) + loaded.loaded
+
+
+def _is_configuration(section: Section) -> bool:
+    """Not: what a kind of configuration counts."""
+    kind = KINDS.get(section.kind)
+    return kind is not None and Nature.CONFIGURATION in kind.nature and section.op is not Op.ACCOUNT
 
 
 def _purge(driver: Driver, refs: Sequence[PortRef], cause: BaseException) -> None:

@@ -1,4 +1,5 @@
-"""Restore of a snapshot on this host, also where the VM's ports are already: they are replaced."""
+"""Restore of a snapshot on this host, also where the VM's ports are already: they are replaced, but stay configured as
+they are: a rule that was withdrawn since the snapshot was written does not come back with it."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from pathlib import Path
 from datapath.errors import Error
 from datapath.provider import Driver, PortRef, PortState, PortStatus
 from datapath.registry import KINDS
-from datapath.state.kind import Nature, Table
+from datapath.state.kind import Nature, Op, Table
 from datapath.state.port import PORT
 from migrator._pb import migrator_pb2 as pb
-from migrator.checkpoint import Restored, restore
+from migrator.checkpoint import Configured, Restored, restore
 from migrator.errors import PreflightFailed
 from migrator.snapshot import SnapshotReader
 
@@ -40,7 +41,13 @@ class Replacement:
         for status in self.present:
             self.driver.purge(status.ref)
         try:
-            return restore(self.driver, lambda: self.path.open("rb"), epoch or self.epoch, {**self.devices, **devices})
+            return restore(
+                self.driver,
+                lambda: self.path.open("rb"),
+                epoch or self.epoch,
+                {**self.devices, **devices},
+                configured={status.ref.mac: _configured(status, tables) for status, tables in kept},
+            )
         except Error:
             for status, tables in kept:
                 self._make_again(status, tables)
@@ -57,6 +64,13 @@ class Replacement:
         for table in tables:
             self.driver.load(status.ref, table)
         self.driver.open(status.ref)
+
+
+def _configured(status: PortStatus, tables: list[Table]) -> Configured:
+    """As it is declared now, without what has been counted under it: that is the snapshot's."""
+    record = dict(status.record)
+    rules = [table for table in tables if table.op is not Op.ACCOUNT]
+    return Configured(record, [Table(PORT.name, Op.LOAD, records=[record]), *rules])
 
 
 def replace(driver: Driver, path: Path, sync: pb.Sync) -> Replacement:

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from datapath.drivers.dummy import DummyDriver
-from datapath.state.kind import Table
+from datapath.state.kind import Op, Table
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent.config import read_config
@@ -85,6 +85,32 @@ def test_a_checkpoint_is_restored_over_what_is_here(tmp_path: Path) -> None:
         assert reply.loaded["conntrack"] == 200
         assert w.connections("a") == before
         assert w.active("a") == refs
+
+    scenario(tmp_path, test)
+
+
+def test_a_rule_that_was_withdrawn_does_not_come_back_from_a_file(tmp_path: Path) -> None:
+    """The snapshot's connections do, under the policy as it is now, which is in force before the ports open."""
+
+    async def test(w: World, stub: Any) -> None:
+        w.fill("a", 10)
+        driver, refs, before = w.driver("a"), w.active("a"), w.connections("a")
+        rule = {"direction": "to", "protocol": "tcp", "remote": [], "ports": [], "icmp": [], "log": False}
+        for ref in refs:
+            old = {**rule, "id": 901, "priority": 1, "action": "allow"}
+            driver.load(ref, Table("acl", records=[old]))
+        data = b"".join([chunk.data async for chunk in stub.Checkpoint(pb.VmRequest(vm=VM))])
+        for ref in refs:
+            driver.load(ref, Table("acl", Op.DELETE, records=[{"id": 901}]))
+            driver.load(ref, Table("acl", records=[{**rule, "id": 902, "priority": 2, "action": "drop"}]))
+            driver.update(ref, {**driver.port(ref).record, "policy": "newer", "revision": 1000})
+        await stub.Restore(chunks(data))
+        assert w.connections("a") == before
+        for ref in refs:
+            tables = [table for table in driver.dump(ref, "acl") if table.op is Op.LOAD]
+            ids = {record["id"] for table in tables for record in table.records or ()}
+            assert 902 in ids and 901 not in ids
+            assert (driver.port(ref).record["policy"], driver.port(ref).record["revision"]) == ("newer", 1000)
 
     scenario(tmp_path, test)
 
