@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 import structlog
 from google.protobuf.message import DecodeError
 
-from datapath.errors import PortNotFound
+from datapath.errors import Error, PortNotFound
 from datapath.provider import Event, PortRef, PortState
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent import orders
@@ -213,6 +214,8 @@ class Ends:
                 self._around.store.doubt_end(f"{saved['id']}.{saved['role']}", f"{type(error).__name__}: {error}")
                 continue
             self._ends[saved["id"], role] = end
+            with contextlib.suppress(Error):  # tried again at intervals
+                await end.renew_lease()  # most of it may have passed
             self._log.info("taken up", migration=saved["id"], vm=saved["vm"], role=role, phase=str(end.state.phase))
 
     async def _recall_source(self, saved: dict[str, Any]) -> SourceEnd:

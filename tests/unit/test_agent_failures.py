@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from datapath.drivers.dummy import DummyDriver
 from datapath.errors import NotReady
 from datapath.provider import PortRef
 from datapath.state.kind import Table
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.ends import Ends
-from tests.unit.pair import VM, World, eventually, world
+from tests.unit.pair import MACS, VM, World, eventually, world
 
 
 def phase(ends: Ends) -> str:
@@ -70,6 +71,24 @@ def test_rule_an_agent_restarts_between_commit_and_resume(tmp_path: Path, host: 
             assert w.connections("b") == before
             await w.quiet()
             assert not w.statuses("a")
+
+    asyncio.run(scenario())
+
+
+def test_an_agent_that_is_started_again_renews_its_leases_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been away for almost as long as they last: a redirect must not stop before its first interval."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b", redirect_idle_s=1000.0, lease_s=1000.0) as w:
+            await w.finish(await w.migrate("b"))
+            await reach(w, "a", "stub")
+            await w.stop("a")
+            leases: list[float | None] = []
+            monkeypatch.setattr(DummyDriver, "set_lease", lambda *what: leases.append(what[-1]))
+            await w.start("a")
+            assert leases == [1000.0] * len(MACS)
 
     asyncio.run(scenario())
 
