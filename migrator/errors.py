@@ -6,6 +6,10 @@
       ObjectNotFound            no network, address set, policy, port or host of that name
       JournalFailed             the coordinator cannot read or write its journal
       RevisionCompacted         changes after that revision are no longer kept
+      AccessError               who calls may not
+        CertificateInvalid      a certificate, key or authority cannot be used as it is
+        Forbidden               the caller's role, or its host, may not do this
+        ResourceExhausted       the caller asks for more than one caller may have; later it may
       SnapshotError             a snapshot cannot be written or read
         Corrupt                 bytes that no writer wrote: damaged, cut off or forged
         Incompatible            well formed, but this version cannot take it
@@ -43,6 +47,22 @@ class JournalFailed(Error):
 
 class RevisionCompacted(Error):
     """Changes after that revision are no longer kept: take a new snapshot."""
+
+
+class AccessError(Error):
+    """Who calls is not known, may not do this, or not as much of it."""
+
+
+class CertificateInvalid(AccessError):
+    """A certificate, its key or the authority cannot be used as it is; the message names the file or the caller."""
+
+
+class Forbidden(AccessError):
+    """The caller's role, or the host that its certificate names, may not do this; nothing was done."""
+
+
+class ResourceExhausted(AccessError):
+    """The caller asks for more than one caller may have; nothing was done, later it may be."""
 
 
 class SnapshotError(Error):
@@ -128,6 +148,10 @@ EXTERNAL: Mapping[type[Error], tuple[str, int]] = {
     ObjectNotFound: ("NOT_FOUND", 4),
     JournalFailed: ("INTERNAL", 6),
     RevisionCompacted: ("OUT_OF_RANGE", 5),
+    AccessError: ("PERMISSION_DENIED", 7),
+    CertificateInvalid: ("UNAUTHENTICATED", 8),
+    Forbidden: ("PERMISSION_DENIED", 9),
+    ResourceExhausted: ("RESOURCE_EXHAUSTED", 18),
     datapath.DatapathError: ("INTERNAL", 10),
     datapath.UnsupportedKind: ("UNIMPLEMENTED", 11),
     datapath.PortNotFound: ("NOT_FOUND", 12),

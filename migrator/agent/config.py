@@ -6,9 +6,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from migrator.errors import ConfigInvalid
+from migrator.security.settings import Tls
 
 
 class _Section(BaseModel):
@@ -75,6 +76,13 @@ class AgentConfig(_Section):
     driver: DriverSection = DriverSection()
     guests: GuestsSection = GuestsSection()
     migration: MigrationSection = MigrationSection()
+    tls: Tls = Tls()
+
+    @model_validator(mode="after")
+    def _is_not_open_to_all(self) -> AgentConfig:
+        self.tls.require_for([self.agent.listen], "agent.listen")
+        self.tls.require_for([self.agent.coordinator], "agent.coordinator")
+        return self
 
 
 def read_config(path: Path) -> AgentConfig:
@@ -86,5 +94,5 @@ def read_config(path: Path) -> AgentConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigInvalid(f"{path}: {error}", hint="the file has to be TOML") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']}" for e in error.errors())
         raise ConfigInvalid(f"{path}: {problems}", hint="docs/operations.md lists the keys") from error

@@ -30,9 +30,11 @@ from migrator.agent.source import SourceEnd
 from migrator.agent.store import Store
 from migrator.agent.stream import SERVER_OPTIONS
 from migrator.agent.traces import Traces
-from migrator.errors import ConfigInvalid, PreflightFailed, error_name
+from migrator.errors import PreflightFailed, error_name
 from migrator.lifecycle import source_words as leaving
 from migrator.lifecycle.machine import Guest, Role
+from migrator.security import identity
+from migrator.security.transport import PLAIN, Transport
 
 VERSION = version("vm-netstate-migrator")
 REDIRECT_POLL_S = 1.0
@@ -45,6 +47,7 @@ class Agent:
     def __init__(self, config: AgentConfig, driver: Driver | None = None, guests: GuestDriver | None = None) -> None:
         self.config = config
         self.host = config.agent.host
+        self.transport = Transport(config.tls, identity.Role.AGENT, self.host)
         self.driver = driver or driver_class(config.driver.name)()
         self.store = Store(config.agent.state_dir)
         self.guests = guests or guest_driver(config.guests.driver, config.guests.all_options)
@@ -57,6 +60,7 @@ class Agent:
             tell=self._tell,
             heard=lambda: self.link.connected,
             ended=self._ended,
+            transport=self.transport,
         )
         self.ends = Ends(self.around, self._instance_ended)
         self.hosting = HostConfig(
@@ -68,7 +72,7 @@ class Agent:
             self.ends.taking_part,
             self.ends.changed,
         )
-        self.link = Link(config.agent.coordinator, self.hello, self._order, self._attached)
+        self.link = Link(config.agent.coordinator, self.hello, self._order, self._attached, self.transport)
         self.household = Household(self)
         self.traces = Traces(self.driver, self.around)
         self.peer = ""
@@ -104,7 +108,7 @@ class Agent:
     async def _serve(self) -> None:
         peers = grpc.aio.server(options=SERVER_OPTIONS)
         rpc.add_PeerServicer_to_server(PeerService(self.ends), peers)  # type: ignore[no-untyped-call]
-        port = _listen(peers, self.config.agent.listen, "agent.listen")
+        port = self.transport.listen(peers, self.config.agent.listen, "agent.listen")
         await peers.start()
         self._servers.append(peers)
         self.peer = self.config.agent.advertise or f"{self.config.agent.listen.rpartition(':')[0]}:{port}"
@@ -113,7 +117,7 @@ class Agent:
         socket = self.config.agent.socket
         socket.parent.mkdir(parents=True, exist_ok=True)
         socket.unlink(missing_ok=True)
-        _listen(local, f"unix:{socket}", "agent.socket")
+        PLAIN.listen(local, f"unix:{socket}", "agent.socket")
         await local.start()
         socket.chmod(0o660)
         self._servers.append(local)
@@ -386,13 +390,3 @@ class Agent:
             counts[status.state] += 1
         for state, count in counts.items():
             metrics.PORTS.labels(str(state)).set(count)
-
-
-def _listen(server: Any, address: str, key: str) -> int:
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise ConfigInvalid(f"{key}: cannot listen on {address}", hint="is it in use?") from error
-    if not port:
-        raise ConfigInvalid(f"{key}: cannot listen on {address}", hint="is it in use?")
-    return int(port)

@@ -27,6 +27,7 @@ from migrator.agent.store import Store
 from migrator.errors import JournalFailed
 from migrator.faults import reach
 from migrator.lifecycle.machine import Action, Event, Role
+from migrator.security.transport import PLAIN, Transport
 
 T = TypeVar("T")
 Work = Callable[[], Coroutine[Any, Any, None]]
@@ -55,6 +56,7 @@ class Surroundings:
         tell: Callable[[pb.FromAgent], None],
         heard: Callable[[], bool],
         ended: Callable[[End], None],
+        transport: Transport = PLAIN,
     ) -> None:
         self.host = host
         self.driver = driver
@@ -64,6 +66,7 @@ class Surroundings:
         self.tell = tell
         self.heard = heard
         self.ended = ended
+        self.transport = transport
         self._lanes: dict[str, ThreadPoolExecutor] = {}
 
     def lane(self, vm: str) -> ThreadPoolExecutor:

@@ -53,6 +53,8 @@ class Household:
         self._agent = agent
         self._address = agent.config.agent.coordinator
         self._channel: Any = None
+        self._material: Any = None  # that the channel was made with
+        self._old: list[Any] = []
         self._truth: dict[str, Sequence[pb.Port]] = {}  # VM -> what was declared last; (): to be withdrawn yet
         self._orders: dict[tuple[str, str], pb.PortOrder] = {}
         self._problems: dict[tuple[str, str], Error] = {}
@@ -256,8 +258,12 @@ class Household:
     # ---- the coordinator ----
 
     def _stub(self) -> Any:
-        if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+        material = self._agent.transport.material()
+        if self._channel is None or material is not self._material:
+            if self._channel is not None:
+                self._old.append(self._channel)  # what is under way on it comes to its end
+            self._material = material
+            self._channel = self._agent.transport.to_coordinator(self._address, _OPTIONS)
         return rpc.CoordinatorStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def _ask(self, name: str, request: Any, *, wait: bool = False) -> Any:
@@ -279,6 +285,7 @@ class Household:
 
     async def close(self) -> None:
         """Let go of the coordinator."""
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel = None
+        for channel in (*self._old, self._channel):
+            if channel is not None:
+                await channel.close()
+        self._old, self._channel = [], None

@@ -15,7 +15,9 @@ from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent.outgoing import Outgoing
 from migrator.agent.stream import CHANNEL_OPTIONS
+from migrator.coordinator.rpc import tls_hint
 from migrator.faults import passing
+from migrator.security.transport import PLAIN, Transport
 
 PAUSE_FIRST_S = 0.1
 PAUSE_LAST_S = 3.0
@@ -31,14 +33,15 @@ class Link:
         hello: Callable[[], Awaitable[pb.Hello]],
         take: Callable[[pb.ToAgent], Awaitable[None]],
         attached: Callable[[], None],
-        credentials: grpc.ChannelCredentials | None = None,
+        transport: Transport = PLAIN,
     ) -> None:
         self._address = address
         self._hello = hello
         self._take = take
         self._attached = attached
-        self._credentials = credentials
+        self._transport = transport
         self._outgoing: Outgoing | None = None
+        self._why = ""
         self._log = structlog.get_logger()
 
     @property
@@ -58,7 +61,7 @@ class Link:
             try:
                 await self._attach()
             except grpc.aio.AioRpcError as error:
-                self._log.debug("no coordinator", address=self._address, error=error.details())
+                self._missing(error.details() or "")
             except Error as error:
                 self._log.warning("cannot greet the coordinator", address=self._address, error=str(error))
             except Exception:
@@ -72,14 +75,15 @@ class Link:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, PAUSE_LAST_S)
 
+    def _missing(self, why: str) -> None:
+        """Said once for each reason: an outage is long, a certificate that does not fit is for ever."""
+        log = self._log.debug if why == self._why else self._log.info
+        self._why = why
+        log("no coordinator", address=self._address, error=why, hint=tls_hint(why))
+
     async def _attach(self) -> None:
         options = [*CHANNEL_OPTIONS[2:], ("grpc.max_receive_message_length", MESSAGE_BYTES)]
-        channel = (
-            grpc.aio.secure_channel(self._address, self._credentials, options=options)
-            if self._credentials
-            else grpc.aio.insecure_channel(self._address, options=options)
-        )
-        async with channel:
+        async with self._transport.to_coordinator(self._address, options) as channel:
             outgoing = Outgoing()
             outgoing.put(pb.FromAgent(hello=await self._hello()))
             stub: Any = rpc.CoordinatorStub(channel)  # type: ignore[no-untyped-call]

@@ -145,7 +145,7 @@ class SourceEnd(End):
         while True:
             if self.stream is not None:
                 await self.stream.close()
-            self.stream = PeerStream(self.order.peer, self._heard, self._lost)
+            self.stream = PeerStream(self.order, self._heard, self._lost, self.around.transport)
             begin = pb.Begin(migration=self.report.id, vm=self.vm, epoch=self.report.epoch, token=self.order.token)
             try:
                 return await self.stream.open(begin, self.around.settings.connect_s)
@@ -349,7 +349,7 @@ class SourceEnd(End):
         pause = 0.05
         while True:
             try:
-                said = await ask(self.order.peer, query, self.around.settings.step_s)
+                said = await ask(self.order, query, self.around.settings.step_s, self.around.transport)
             except MigrationError as error:
                 self.log.info("no answer", error=str(error))
             else:

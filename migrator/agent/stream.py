@@ -13,6 +13,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.errors import DeadlineExceeded, PeerLost
 from migrator.faults import passing, reach
+from migrator.security.transport import PLAIN, Transport
 
 MESSAGE_BYTES = 8 << 20
 CHANNEL_OPTIONS = [
@@ -35,26 +36,25 @@ SERVER_OPTIONS = [
 
 
 class PeerStream:
-    """One call of Peer.Move. `on_message` gets what the destination says, `on_end` why the stream ended, once."""
+    """One call of Peer.Move, to the agent that the order names, which its certificate has to say.
+
+    `on_message` gets what the destination says, `on_end` why the stream ended, once.
+    """
 
     def __init__(
         self,
-        address: str,
+        order: pb.StartSource,
         on_message: Callable[[pb.FromDestination], None],
         on_end: Callable[[str], None],
-        credentials: grpc.ChannelCredentials | None = None,
+        transport: Transport = PLAIN,
     ) -> None:
-        self._channel = (
-            grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
-            if credentials
-            else grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        )
+        self._channel = transport.to_agent(order.peer, order.destination, CHANNEL_OPTIONS)
         self._on_message = on_message
         self._on_end = on_end
         self._call: Any = None
         self._reader: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
-        self.address = address
+        self.address = order.peer
         self.alive = False
 
     async def open(self, begin: pb.Begin, timeout_s: float) -> None:
@@ -68,7 +68,10 @@ class PeerStream:
             self._reader = asyncio.create_task(self._read())
             await self.send(pb.FromSource(begin=begin))
         except TimeoutError as error:
-            raise PeerLost(f"{self.address} does not answer", hint="is the destination's agent running?") from error
+            raise PeerLost(
+                f"{self.address} does not answer",
+                hint="is the destination's agent running, with a certificate for its host? its log tells",
+            ) from error
 
     async def send(self, message: pb.FromSource) -> None:
         """Write one message, waiting while the destination is behind. Raises PeerLost."""
@@ -120,9 +123,12 @@ class PeerStream:
         await self._channel.close()
 
 
-async def ask(address: str, query: pb.MoveQuery, timeout_s: float) -> pb.MoveState:
-    """What the destination at `address` knows of a migration. Raises PeerLost, DeadlineExceeded."""
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+async def ask(
+    order: pb.StartSource, query: pb.MoveQuery, timeout_s: float, transport: Transport = PLAIN
+) -> pb.MoveState:
+    """What the destination that the order names knows of a migration. Raises PeerLost, DeadlineExceeded."""
+    address = order.peer
+    async with transport.to_agent(address, order.destination, CHANNEL_OPTIONS) as channel:
         try:
             stub: Any = rpc.PeerStub(channel)  # type: ignore[no-untyped-call]
             reach("source", "send.ask")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from migrator.errors import PeerLost
 
+if TYPE_CHECKING:
+    from migrator.cli.settings import CommandFile
+    from migrator.security.settings import Tls
+
 COORDINATOR = "127.0.0.1:7400"
 AGENT_SOCKET = "/run/migrator/agent.sock"
+FILE = "/etc/migrator/cli.toml"
 CALL_TIMEOUT_S = 30.0
 
 _OPTIONS = [
@@ -27,8 +34,9 @@ _OPTIONS = [
 class Context:
     """Options as given before or behind the command."""
 
-    coordinator_address: str = COORDINATOR
+    coordinator_address: str = ""
     agent_socket: str = AGENT_SOCKET
+    tls_folder: str = ""
     json: bool = False
     verbose: int = 0
     _stubs: dict[str, Any] = field(default_factory=dict)
@@ -38,7 +46,34 @@ class Context:
         """Stub of the coordinator; its errors come as errors of the project."""
         from migrator._pb.migrator_pb2_grpc import CoordinatorStub
 
-        return self._stub(self.coordinator_address, CoordinatorStub, f"coordinator at {self.coordinator_address}")
+        address = self.coordinator_address or (self.file and self.file.coordinator) or COORDINATOR
+        return self._stub(address, CoordinatorStub, f"coordinator at {address}")
+
+    @cached_property
+    def file(self) -> CommandFile | None:
+        """The command's own file, if there is one. Raises ConfigInvalid."""
+        path = Path(os.environ.get("MIGRATOR_CONFIG", FILE))
+        if not path.exists():
+            return None
+        from migrator.cli.settings import read
+
+        return read(path)
+
+    def _channel(self, address: str) -> Any:
+        import grpc
+
+        if address.startswith("unix:") or not (tls := self._tls()):
+            return grpc.insecure_channel(address, options=_OPTIONS)
+        from migrator.security.transport import Transport
+
+        return Transport(tls).to_coordinator_blocking(address, _OPTIONS)
+
+    def _tls(self) -> Tls | None:
+        if self.tls_folder:
+            from migrator.security.settings import folder
+
+            return folder(Path(self.tls_folder))
+        return self.file.tls if self.file else None
 
     @property
     def agent(self) -> Any:
@@ -53,9 +88,7 @@ class Context:
 
     def _stub(self, address: str, kind: Any, target: str) -> Any:
         if address not in self._stubs:
-            import grpc
-
-            self._stubs[address] = _Calls(kind(grpc.insecure_channel(address, options=_OPTIONS)), target)
+            self._stubs[address] = _Calls(kind(self._channel(address)), target)
         return self._stubs[address]
 
 
@@ -128,6 +161,16 @@ def shared_options(*, top: bool) -> list[click.Parameter]:
             show_envvar=True,
             help=f"Unix socket of this host's agent. Default {AGENT_SOCKET}.",
             callback=_set("agent_socket"),
+            expose_value=False,
+            hidden=hidden,
+        ),
+        click.Option(
+            ["--tls"],
+            metavar="FOLDER",
+            envvar="MIGRATOR_TLS" if top else None,
+            show_envvar=True,
+            help="Folder of ca.crt, tls.crt and tls.key, to be known to the coordinator by.",
+            callback=_set("tls_folder"),
             expose_value=False,
             hidden=hidden,
         ),

@@ -11,6 +11,8 @@ from migrator.cli.context import Command, Context, pass_context
 from migrator.errors import ConfigInvalid, exit_code
 from migrator.table import print_json, print_table
 
+SOON_DAYS = 30
+CERTIFICATES = frozenset({"certificate"})
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -46,15 +48,37 @@ def doctor(context: Context, config: Path | None, driver: str | None) -> int:
     from datapath.registry import driver as find
 
     name, options = _driver_of(config)
-    rows = find(driver or name).check(options)
+    rows = [*find(driver or name).check(options), *_certificates(config)]
     if context.json:
         print_json([{"feature": feature, "present": present, "hint": hint} for feature, present, hint in rows])
     else:
         print_table(
             ("FEATURE", "", "WHAT TO DO"),
-            [(f, "ok" if there else "missing", "" if there else h) for f, there, h in rows],
+            [(f, "ok" if there else "missing", h if not there or f in CERTIFICATES else "") for f, there, h in rows],
         )
     return 0 if all(there for _, there, _ in rows) else exit_code(FeatureMissing(""))
+
+
+def _certificates(config: Path | None) -> list[tuple[str, bool, str]]:
+    """A row for the agent's certificate. One that is about to end is there, and says so."""
+    if config is None:
+        return []
+    from datetime import UTC, datetime
+
+    from migrator.agent.config import read_config
+    from migrator.errors import CertificateInvalid
+    from migrator.security.identity import Role
+    from migrator.security.transport import Transport
+
+    settings = read_config(config)
+    try:
+        material = Transport(settings.tls, Role.AGENT, settings.agent.host).material()
+    except CertificateInvalid as error:
+        return [("certificate", False, str(error))]
+    if material is None:
+        return [("certificate", True, "none: connections are not encrypted" if settings.tls.insecure else "")]
+    left = (material.certificate.not_valid_after_utc - datetime.now(UTC)).days
+    return [("certificate", True, f"ends in {left} days: renew it" if left < SOON_DAYS else "")]
 
 
 def _driver_of(config: Path | None) -> tuple[str, dict[str, Any]]:

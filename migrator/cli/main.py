@@ -37,6 +37,7 @@ COMMANDS = {
     "inspect": ("snapshot", "inspect"),
     "diff": ("snapshot", "diff"),
     "libvirt": ("libvirt", "libvirt"),
+    "pki": ("pki", "pki"),
     "demo": ("demo", "demo"),
     "completion": ("completion", "completion"),
 }

@@ -16,6 +16,8 @@ from migrator.coordinator.service import serve
 from migrator.coordinator.settings import Settings, load
 from migrator.coordinator.sqlite import SqliteJournal
 from migrator.errors import ConfigInvalid
+from migrator.security.identity import Role
+from migrator.security.transport import Transport
 
 GRACE_S = 1.0
 
@@ -25,7 +27,7 @@ log = structlog.get_logger()
 def run(config: Path | None = None, **options: Any) -> int:
     """Serve until SIGTERM or SIGINT. `options` replace those of the file (`migrator.coordinator.settings.Settings`).
 
-    Raises ConfigInvalid, JournalFailed.
+    Raises ConfigInvalid, CertificateInvalid, JournalFailed.
     """
     settings = load(config, **options)
     logs.configure(settings.log_level, as_json=settings.log_json)
@@ -38,11 +40,12 @@ async def _serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    transport = Transport(settings.tls, Role.COORDINATOR)
     journal = _open_journal(settings.state_dir)
     try:
         cluster = Cluster(journal, settings.deadlines)
         cluster.start()
-        server, port = await serve(cluster, settings.listen)
+        server, port = await serve(cluster, settings.listen, transport)
         if settings.metrics_port:
             start_http_server(settings.metrics_port, settings.metrics_address)
         log.info("coordinator serves", listen=settings.listen, port=port, revision=cluster.store.revision)

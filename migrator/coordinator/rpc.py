@@ -34,6 +34,22 @@ async def reported(context: Any) -> AsyncIterator[None]:
         await context.abort(getattr(grpc.StatusCode, grpc_status(error)), message, metadata)
 
 
+REFUSED = "if it speaks TLS, our certificate is missing, expired or of another authority; its log says which"
+HANDSHAKES = {
+    # what gRPC says -> what to do about it
+    "Hostname Verification": "its certificate is not of who should be there: [tls] coordinator_name and agent_name",
+    "WRONG_VERSION_NUMBER": "it speaks no TLS: is that its right address, and has its file a [tls]?",
+    "andshake failed": "its certificate is not from the authority in our [tls] ca, or has expired: `migrator pki show`",
+    "Socket closed": REFUSED,
+    "onnection reset": REFUSED,
+}
+
+
+def tls_hint(message: str) -> str:
+    """What to look at when a connection could not be made, "" when it was not refused."""
+    return next((hint for said, hint in HANDSHAKES.items() if said in message), "")
+
+
 def received(error: grpc.RpcError, target: str) -> Error:
     """The error that a call ended with; `target` says who was called."""
     metadata = dict(error.trailing_metadata() or ())
@@ -42,7 +58,7 @@ def received(error: grpc.RpcError, target: str) -> Error:
     if name in {kind.__name__ for kind in EXTERNAL}:
         return rebuild(name, message, hint.decode(errors="replace"))
     if error.code() is grpc.StatusCode.UNAVAILABLE:
-        return PeerLost(f"{target} does not answer: {message}")
+        return PeerLost(f"{target} does not answer: {message}", hint=tls_hint(message))
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{target} did not answer in time")
     return MigrationError(f"{target}: {error.code().name}: {message}")

@@ -17,6 +17,7 @@ from migrator.coordinator.rpc import reported
 from migrator.coordinator.watch import watch
 from migrator.errors import ConfigInvalid
 from migrator.faults import passing
+from migrator.security.transport import PLAIN, Transport
 
 OPTIONS = (
     ("grpc.keepalive_time_ms", 5_000),
@@ -129,19 +130,11 @@ async def _hello(requests: Any) -> pb.Hello:
     return first.hello
 
 
-async def serve(
-    cluster: Cluster, listen: Sequence[str], credentials: grpc.ServerCredentials | None = None
-) -> tuple[Any, int]:
-    """Start serving; returns the server and the port of its last address. Raises ConfigInvalid for one it cannot have.
-
-    `credentials` None: without transport security, for trusted networks and tests.
-    """
+async def serve(cluster: Cluster, listen: Sequence[str], transport: Transport = PLAIN) -> tuple[Any, int]:
+    """Start serving; returns the server and the port of its last address. Raises ConfigInvalid if it cannot."""
     server = grpc.aio.server(options=OPTIONS)
     migrator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(cluster), server)  # type: ignore[no-untyped-call]
     for address in listen:
-        try:
-            port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
-        except RuntimeError:
-            raise ConfigInvalid(f"cannot listen on {address}", hint="is it this host's, and free?") from None
+        port = transport.listen(server, address)
     await server.start()
     return server, port

@@ -1,15 +1,16 @@
-"""The coordinator's own configuration: a TOML file with one table `[coordinator]`, any of it replaced by options."""
+"""The coordinator's own configuration: a TOML file with tables `[coordinator]`, replaced by options, and `[tls]`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from migrator.documents import read_toml, validate
 from migrator.errors import ConfigInvalid
 from migrator.lifecycle.coordinator import Phase
+from migrator.security.settings import Tls
 
 
 class Deadlines(BaseModel):
@@ -60,11 +61,18 @@ class Settings(BaseModel):
     log_json: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     deadlines: Deadlines = Deadlines()
+    tls: Tls = Tls()
+
+    @model_validator(mode="after")
+    def _is_not_open_to_all(self) -> Settings:
+        self.tls.require_for(self.listen, "listen")
+        return self
 
 
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    coordinator: Settings = Settings()
+    coordinator: dict[str, Any] = {}
+    tls: Tls = Tls()
 
 
 def load(path: Path | None, **options: Any) -> Settings:
@@ -78,4 +86,5 @@ def load(path: Path | None, **options: Any) -> Settings:
         body = read_toml(text, str(path))
         validate(_File, body, str(path))
     given = {name: value for name, value in options.items() if value is not None}
-    return validate(Settings, {**body.get("coordinator", {}), **given}, str(path or "options"))
+    tls = {"tls": body["tls"]} if "tls" in body else {}
+    return validate(Settings, {**body.get("coordinator", {}), **tls, **given}, str(path or "options"))

@@ -23,6 +23,9 @@ from migrator.lab.errors import LabError
 from migrator.lab.machines import Machine
 from migrator.lab.processes import Daemon, wait_until
 from migrator.lab.topology import UPLINK, Lab
+from migrator.security import authority
+from migrator.security.identity import Identity, Role
+from migrator.security.settings import folder
 
 COORDINATOR_PORT = 7400
 PEER_PORT = 7401
@@ -40,17 +43,22 @@ class Cluster(Lab):
         networks: Sequence[Mapping[str, Any]] = (),
         driver_options: Mapping[str, Any] | None = None,
         migration_options: Mapping[str, Any] | None = None,
+        *,
+        tls: bool = True,
     ) -> None:
         super().__init__(hosts)
         self.networks = networks
         self.driver_options = dict(driver_options or {})
         self.migration_options = dict(migration_options or {})
+        self.tls = tls
         self.agents: dict[str, Daemon] = {}
         self.coordinator: Daemon
         self.channels: dict[str, grpc.Channel] = {}
 
     def _build(self) -> None:
         super()._build()
+        if self.tls:
+            self._certificates()
         self.coordinator = self._daemon(
             "coordinator",
             "control",
@@ -90,7 +98,8 @@ class Cluster(Lab):
             "coordinator": {
                 "listen": [f"{self.underlay('control')}:{COORDINATOR_PORT}", f"unix:{self._coordinator_socket()}"],
                 "state_dir": str(self.directory / "control"),
-            }
+            },
+            "tls": self._tls("control"),
         }
 
     def _agent_config(self, host: str) -> dict[str, Any]:
@@ -117,7 +126,26 @@ class Cluster(Lab):
             },
             "guests": {"driver": "process", "directory": str(base / "guests")},
             "migration": self.migration_options,
+            "tls": self._tls(host),
         }
+
+    def _certificates(self) -> None:
+        """From an authority of this cluster's own."""
+        self.authority = authority.create(self.directory / "pki")
+        self.authority.issue(Identity(Role.COORDINATOR, "control"), self.certificates("control"))
+        self.authority.issue(Identity(Role.OPERATOR, "lab"), self.certificates("operator"))
+        for host in self.host_names:
+            self.authority.issue(Identity(Role.AGENT, host), self.certificates(host))
+
+    def certificates(self, place: str) -> Path:
+        """Folder of the certificate of a host's agent, of the coordinator ("control") or of the "operator"."""
+        return self.directory / "tls" / place
+
+    def _tls(self, place: str) -> dict[str, Any]:
+        if not self.tls:
+            return {"insecure": True}
+        given = folder(self.certificates(place)).model_dump(include={"ca", "certificate", "key"})
+        return {name: str(path) for name, path in given.items()}
 
     def _coordinator_socket(self) -> Path:
         return self.directory / "control" / "c.sock"
@@ -223,6 +251,7 @@ class Cluster(Lab):
         environment = {
             **os.environ,
             "MIGRATOR_COORDINATOR": f"{self.underlay('control')}:{COORDINATOR_PORT}",
+            **({"MIGRATOR_TLS": str(self.certificates("operator"))} if self.tls else {}),
             "MIGRATOR_AGENT": str(self.directory / (host or self.host_names[0]) / "agent.sock"),
         }
         return subprocess.run(

@@ -69,19 +69,21 @@ def lab(wheel: Path) -> Iterator[LibvirtLab]:
                     host.run_inside("mount", "--bind", str(own), place)
                 (host.directory / "work").mkdir()
                 shutil.copy2(wheel, host.directory / "work")
-                stand_ins(host.directory / "stand-ins")
+                stand_ins(host.directory / "stand-ins", clean.hosts["h2"].directory)
             yield clean
     finally:
         for place in made:
             place.rmdir()
 
 
-def stand_ins(directory: Path) -> None:
-    """What a namespace cannot have: systemd, and an archive of packages, whose names have to be right all the same."""
+def stand_ins(directory: Path, other: Path) -> None:
+    """What a namespace cannot have: systemd, a way to log in at h2, and an archive of packages,
+    whose names have to be right all the same."""
     directory.mkdir()
     systemctl = Path(__file__).with_name("systemctl.py")
     scripts = {
         "systemctl": f'exec /usr/bin/python3 {systemctl} "$@"',
+        "scp": f'test "$1 ${{3%%:*}}" = "-rp h2"; cp -rp "$2" "{other}/place0/${{3#*:/etc/migrator/}}"',
         "apt-get": 'test "$1 $2" = "install -y"; shift 2; apt-cache show --no-all-versions "$@" > /dev/null',
     }
     for name, body in scripts.items():

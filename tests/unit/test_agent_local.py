@@ -174,7 +174,10 @@ def test_a_bad_configuration_names_file_and_key(tmp_path: Path, text: str, said:
 
 def test_driver_options_stand_beside_its_name(tmp_path: Path) -> None:
     file = tmp_path / "agent.toml"
-    file.write_text('[agent]\nhost = "a"\n[driver]\nname = "dummy"\nfabric = "x"\n[driver.options]\nports_max = 3\n')
+    file.write_text(
+        '[agent]\nhost = "a"\nlisten = "[::1]:0"\n'
+        '[driver]\nname = "dummy"\nfabric = "x"\n[driver.options]\nports_max = 3\n'
+    )
     config = read_config(file)
     assert (config.driver.name, config.driver.all_options) == ("dummy", {"ports_max": 3, "fabric": "x"})
     with pytest.raises(ConfigInvalid, match="no-such"):

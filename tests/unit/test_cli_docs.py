@@ -13,7 +13,7 @@ from migrator.cli.main import ALIASES, cli
 from migrator.errors import EXTERNAL, OUTCOMES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-SHARED = {"--coordinator", "--agent", "--json", "-v", "--verbose", "-h", "--help"}
+SHARED = {"--coordinator", "--agent", "--tls", "--json", "-v", "--verbose", "-h", "--help"}
 
 
 def leaves(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[str, click.Command]]:

@@ -53,7 +53,7 @@ def test_wrong_settings_name_file_and_key(tmp_path: Path, text: str, says: str) 
 
 def test_options_replace_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
-    path.write_text("[coordinator]\nlisten = 'a:1'\nmetrics_port = 5\n")
+    path.write_text("[coordinator]\nlisten = 'a:1'\nmetrics_port = 5\n[tls]\ninsecure = true\n")
     settings = load(path, listen=["b:2"], metrics_port=None)
     assert (settings.listen, settings.metrics_port) == (["b:2"], 5)
 

@@ -410,10 +410,10 @@ def test_a_destination_that_forgot_looks_at_its_switch(tmp_path: Path) -> None:
         await w.stop("b")
         await w.start("b")
         query = pb.MoveQuery(migration=migration, vm=VM, epoch=report.epoch)
-        said = await ask(w.agents["b"].peer, query, 5.0)
+        said = await ask(pb.StartSource(peer=w.agents["b"].peer), query, 5.0)
         assert (said.known, said.committed, said.opened) == (True, True, True)
         query.epoch += 1
-        said = await ask(w.agents["b"].peer, query, 5.0)
+        said = await ask(pb.StartSource(peer=w.agents["b"].peer), query, 5.0)
         assert (said.known, said.committed, said.opened) == (False, False, False)
 
     run(scenario, tmp_path, "a", "b")
@@ -455,7 +455,7 @@ def test_rule_a_stream_that_is_not_the_agreed_one_is_refused(tmp_path: Path, wro
         setattr(begin, wrong, bad[wrong])
         ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         heard: list[pb.FromDestination] = []
-        stream = PeerStream(w.agents["b"].peer, heard.append, ended.set_result)
+        stream = PeerStream(pb.StartSource(peer=w.agents["b"].peer), heard.append, ended.set_result)
         try:
             await stream.open(begin, 5.0)
             reason = await asyncio.wait_for(ended, 5.0)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Mutual TLS on real gRPC over loopback: who gets in, who does not, what is said; and certificates that change."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from structlog.testing import capture_logs
+
+from migrator._pb import migrator_pb2 as pb
+from migrator._pb import migrator_pb2_grpc as rpc
+from migrator.coordinator.rpc import received
+from migrator.errors import PeerLost
+from migrator.security import authority
+from migrator.security.identity import Identity, Role
+from migrator.security.settings import Tls, folder
+from migrator.security.transport import Transport
+
+from .certified import OPTIONS, TIMEOUT_S, Certified, certified, refusal
+
+OPERATOR = Identity(Role.OPERATOR, "x")
+
+
+def test_who_has_a_certificate_of_the_authority_gets_in(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with certified(tmp_path) as it:
+            assert (await it.stub("operator").Show(pb.Empty(), timeout=TIMEOUT_S)).revision == 0
+
+    asyncio.run(scenario())
+
+
+def no_certificate(it: Certified) -> Any:
+    credentials = grpc.ssl_channel_credentials((it.directory / "pki" / "ca.crt").read_bytes())
+    name = ("grpc.ssl_target_name_override", "coordinator.migrator.internal")
+    return grpc.aio.secure_channel(it.address, credentials, options=[*OPTIONS, name])
+
+
+def plaintext(it: Certified) -> Any:
+    return grpc.aio.insecure_channel(it.address, options=OPTIONS)
+
+
+def unchecked(it: Certified, tls: Tls) -> Any:
+    """With files that our own client would not use."""
+    assert tls.certificate and tls.key
+    ca = (it.directory / "pki" / "ca.crt").read_bytes()
+    credentials = grpc.ssl_channel_credentials(ca, tls.key.read_bytes(), tls.certificate.read_bytes())
+    name = ("grpc.ssl_target_name_override", "coordinator.migrator.internal")
+    return grpc.aio.secure_channel(it.address, credentials, options=[*OPTIONS, name])
+
+
+def expired(it: Certified) -> Any:
+    begins = datetime.now(UTC) - timedelta(days=2)
+    return unchecked(it, it.tls("operator", "late", begins=begins, lifetime=timedelta(days=1)))
+
+
+def of_another_authority(it: Certified) -> Any:
+    authority.create(it.directory / "other").issue(OPERATOR, it.directory / "others")
+    return unchecked(it, folder(it.directory / "others"))
+
+
+def a_server_only(it: Certified) -> Any:
+    return unchecked(it, it.tls("coordinator", "ctl"))
+
+
+@pytest.mark.parametrize(
+    "connect", [no_certificate, plaintext, expired, of_another_authority, a_server_only], ids=lambda it: it.__name__
+)
+def test_who_has_none_is_refused_and_told_what_to_look_at(tmp_path: Path, connect: Callable[[Certified], Any]) -> None:
+    async def scenario() -> None:
+        async with certified(tmp_path) as it:
+            async with connect(it) as channel:
+                stub: Any = rpc.CoordinatorStub(channel)  # type: ignore[no-untyped-call]
+                error = await refusal(stub.Show(pb.Empty(), timeout=TIMEOUT_S))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            said = received(error, "the coordinator")
+            assert isinstance(said, PeerLost) and "our certificate is missing, expired" in said.hint
+
+    asyncio.run(scenario())
+
+
+def test_a_client_talks_to_nobody_but_the_coordinator(tmp_path: Path) -> None:
+    """Any agent of the cluster has a certificate of the same authority, and could listen in the coordinator's place."""
+
+    async def scenario() -> None:
+        async with certified(tmp_path) as it:
+            server = grpc.aio.server()
+            rogue = Transport(it.tls("agent", "h9"))
+            it.port = rogue.listen(server, "127.0.0.1:0")
+            await server.start()
+            error = await refusal(it.stub("operator").Show(pb.Empty(), timeout=TIMEOUT_S))
+            assert "not of who should be there" in received(error, "it").hint
+            await server.stop(0)
+
+    asyncio.run(scenario())
+
+
+def test_a_client_of_another_authority_does_not_trust_the_server(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with certified(tmp_path) as it:
+            authority.create(tmp_path / "other").issue(OPERATOR, tmp_path / "others")
+            stub: Any = rpc.CoordinatorStub(it.channel(folder(tmp_path / "others")))  # type: ignore[no-untyped-call]
+            error = await refusal(stub.Show(pb.Empty(), timeout=TIMEOUT_S))
+            assert "not from the authority in our [tls] ca" in received(error, "it").hint
+
+    asyncio.run(scenario())
+
+
+def test_tls_to_a_server_without_it_says_so(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with certified(tmp_path) as it:
+            server = grpc.aio.server()
+            it.port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+            error = await refusal(it.stub("operator").Show(pb.Empty(), timeout=TIMEOUT_S))
+            assert "it speaks no TLS" in received(error, "it").hint
+            await server.stop(0)
+
+    asyncio.run(scenario())
+
+
+def test_a_server_of_another_host_is_not_the_agent_that_was_meant(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ca = authority.create(tmp_path / "pki")
+        for host in ("h1", "h2", "h3"):
+            ca.issue(Identity(Role.AGENT, host), tmp_path / host)
+        ca.issue(Identity(Role.COORDINATOR, "h2"), tmp_path / "ctl")
+        for place, means in (("h2", True), ("h3", False), ("ctl", False)):
+            server = grpc.aio.server()
+            port = Transport(folder(tmp_path / place)).listen(server, "127.0.0.1:0")
+            await server.start()
+            async with Transport(folder(tmp_path / "h1")).to_agent(f"127.0.0.1:{port}", "h2", OPTIONS) as channel:
+                stub: Any = rpc.PeerStub(channel)  # type: ignore[no-untyped-call]
+                error = await refusal(stub.Ask(pb.MoveQuery(), timeout=TIMEOUT_S))
+                assert (error.code() is grpc.StatusCode.UNIMPLEMENTED) == means, place
+            await server.stop(0)
+
+    asyncio.run(scenario())
+
+
+def test_certificates_are_changed_under_a_stream_and_the_old_one_ends(tmp_path: Path) -> None:
+    """Both ends get new certificates while changes go over a stream: none is lost, new connections are by the new ones,
+    and the old ones are refused once their time is over."""
+
+    async def scenario(directory: Path, short: timedelta) -> bool:
+        async with certified(directory, lifetime=short) as it:
+            tls = it.tls("operator", lifetime=short)
+            client = Transport(tls)
+            channel = client.to_coordinator(it.address, OPTIONS)
+            stub: Any = rpc.CoordinatorStub(channel)  # type: ignore[no-untyped-call]
+            seen: list[int] = []
+            watching = asyncio.create_task(watch(stub, seen))
+            before = client.material()
+            old = shutil.copytree(directory / "operator-x", directory / "old")
+            apply(it, 1)
+            await until(lambda: 1 in seen or watching.done())
+            if watching.done():
+                return False  # so slow that it had ended already
+
+            it.authority.renew(directory / "coordinator-ctl")
+            it.authority.renew(directory / "operator-x")
+            await until(lambda: client.material() is not before)
+            for number in range(2, 30):
+                apply(it, number)
+            await until(lambda: 29 in seen)
+
+            deadline = time.monotonic() + 30
+            while await welcome(unchecked(it, folder(old))):
+                assert time.monotonic() < deadline, "the old certificate is never refused"
+                await asyncio.sleep(0.1)
+            assert await welcome(client.to_coordinator(it.address, OPTIONS)), (
+                "the server has its new one, and so have we"
+            )
+            apply(it, 30)
+            await until(lambda: 30 in seen)
+            assert seen == sorted(set(seen)) and not watching.done()
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            await channel.close()
+            return True
+
+    for seconds in (3, 15, 60):
+        (directory := tmp_path / str(seconds)).mkdir()
+        if asyncio.run(scenario(directory, timedelta(seconds=seconds))):
+            return
+    pytest.fail("no stream within a minute")
+
+
+def apply(it: Certified, number: int) -> None:
+    it.cluster.apply(
+        pb.ApplyRequest(config=pb.Config(networks=[pb.Network(name=f"n{number}", kind="uplink", vlan=number)]))
+    )
+
+
+async def watch(stub: Any, seen: list[int]) -> None:
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        async for change in stub.Watch(pb.WatchRequest(sorts=["network"])):
+            if change.name:
+                seen.append(int(change.name.removeprefix("n")))
+
+
+async def welcome(channel: Any) -> bool:
+    async with channel:
+        stub: Any = rpc.CoordinatorStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            await stub.Show(pb.Empty(), timeout=TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            return False
+        return True
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def test_files_that_do_not_fit_change_nothing_until_they_do(tmp_path: Path) -> None:
+    ca = authority.create(tmp_path / "pki")
+    ca.issue(OPERATOR, tmp_path / "out")
+    ca.issue(OPERATOR, tmp_path / "next")
+    transport = Transport(folder(tmp_path / "out"))
+    first = transport.material()
+
+    def looked(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline
+            transport.material()
+
+    with capture_logs() as logs:
+        shutil.copy(tmp_path / "next" / "tls.crt", tmp_path / "out" / "tls.crt")  # and not yet its key
+        looked(lambda: bool(logs))
+        assert "not the key of" in logs[0]["error"] and transport.material() is first
+        (tmp_path / "out" / "tls.key").unlink()
+        looked(lambda: len(logs) > 1)
+        assert "No such file" in logs[1]["error"] and transport.material() is first
+        shutil.copy(tmp_path / "next" / "tls.key", tmp_path / "out" / "tls.key")
+        looked(lambda: transport.material() is not first)
+    assert "PRIVATE" not in str(logs) and len(logs) == 3, "each is said once"
+
+
+def test_a_server_whose_files_are_gone_goes_on_with_what_it_has(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with certified(tmp_path) as it:
+            tls = it.tls("operator")
+            shutil.rmtree(tmp_path / "coordinator-ctl")
+            assert await welcome(it.channel(tls))
+
+    asyncio.run(scenario())
