@@ -53,6 +53,7 @@ class Execution:
         self.stopped = False
         self.doubts = Doubts(roster, self.feed)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._again: set[asyncio.TimerHandle] = set()
         reports = store.catalog.objects["migration"].values()
         self._finished = [r.id for r in sorted(reports, key=lambda r: r.finished_at) if r.done]
 
@@ -85,6 +86,8 @@ class Execution:
         self.doubts.stop()
         for task in self._tasks:
             task.cancel()
+        for again in self._again:
+            again.cancel()
         for run in self.running.values():
             run.notify()
             for timer in (run.deadline, run.report_later):
@@ -110,6 +113,18 @@ class Execution:
         if state.phase is not before.phase:
             reach("coordinator", state.phase)
         self._after_step(run, before, actions)
+
+    def _feed_surely(self, run: Running, event: Event) -> None:
+        """What nobody says a second time: fed until it can be journalled."""
+        if self.running.get(run.id) is not run:
+            return
+        try:
+            self.feed(run, event)
+        except JournalFailed as error:
+            log.error("cannot be journalled, tried again", migration=run.id, what=str(event), error=str(error))
+            loop = asyncio.get_running_loop()
+            self._again = {timer for timer in self._again if timer.when() > loop.time()}
+            self._again.add(loop.call_later(RETRY_S, self._feed_surely, run, event))
 
     def _note(self, run: Running, before: machine.State, actions: tuple[Action, ...]) -> None:
         """Bring the report up to the new state."""
@@ -160,14 +175,7 @@ class Execution:
         after_s = self.deadlines.of(phase, run.agreed.timeout_s)
         if after_s is not None:
             loop = asyncio.get_running_loop()
-            run.deadline = loop.call_later(after_s, self._expire, run, phase)
-
-    def _expire(self, run: Running, phase: machine.Phase) -> None:
-        try:
-            self.feed(run, machine.Timeout(phase))
-        except JournalFailed as error:
-            log.error("deadline cannot be journalled, tried again", migration=run.id, error=str(error))
-            run.deadline = asyncio.get_running_loop().call_later(RETRY_S, self._expire, run, phase)
+            run.deadline = loop.call_later(after_s, self._feed_surely, run, machine.Timeout(phase))
 
     def _act(self, run: Running, action: Action) -> None:
         match action:
@@ -226,7 +234,7 @@ class Execution:
             event = self._answered(run, order, reply, described_at)
         except Error as error:
             event = machine.Refused(role, str(error))
-        self.feed(run, event)
+        self._feed_surely(run, event)
 
     def _answered(self, run: Running, order: machine.Order, reply: pb.Reply, described_at: int) -> Event:
         match order:
@@ -245,7 +253,7 @@ class Execution:
 
     def _await_places(self, run: Running, hosts: Iterable[str]) -> None:
         loop = asyncio.get_running_loop()
-        known = partial(self.feed, run, machine.PlacesKnown())
+        known = partial(self._feed_surely, run, machine.PlacesKnown())
         revision = self._store.catalog.place_revision(run.agreed.vm)
         names = self._store.catalog.place_names_of(run.agreed.vm)
         self._places.expect(revision, hosts, lambda: loop.call_soon(known), names)
@@ -261,5 +269,8 @@ class Execution:
     def _write_report(self, run: Running) -> None:
         run.report_later = None
         write = Write("migration", run.id, run.report.SerializeToString())
-        self._store.commit(Batch([write]), durable=False)
+        try:
+            self._store.commit(Batch([write]), durable=False)
+        except JournalFailed as error:  # the next step writes it as well
+            log.warning("report is not written", migration=run.id, error=str(error))
         run.notify()
