@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ async def talking(
         server.close()
 
 
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """With a short name: a socket's path has 107 characters at most, and its own name is a uuid."""
+    with tempfile.TemporaryDirectory(prefix="guests-") as made:
+        yield Path(made)
+
+
 async def until(condition: Any) -> None:
     async with asyncio.timeout(3):
         while not condition():
@@ -68,9 +76,9 @@ async def until(condition: Any) -> None:
     ("word", "guest"),
     [("running", Guest.RUNNING), ("paused", Guest.PAUSED), ("incoming", Guest.GONE), ("absent", Guest.GONE)],
 )
-def test_the_greeting_says_where_the_guest_is(tmp_path: Path, word: str, guest: Guest) -> None:
+def test_the_greeting_says_where_the_guest_is(directory: Path, word: str, guest: Guest) -> None:
     async def scenario() -> None:
-        async with talking(tmp_path, word) as (guests, _, _):
+        async with talking(directory, word) as (guests, _, _):
             assert guests.state(VM) is guest
             assert guests.state("another") is None
             assert (whereabouts(guests, VM), whereabouts(guests, "another")) == (guest, Guest.GONE)
@@ -79,9 +87,9 @@ def test_the_greeting_says_where_the_guest_is(tmp_path: Path, word: str, guest: 
     asyncio.run(scenario())
 
 
-def test_events_come_in_order_and_change_the_state(tmp_path: Path) -> None:
+def test_events_come_in_order_and_change_the_state(directory: Path) -> None:
     async def scenario() -> None:
-        async with talking(tmp_path) as (guests, process, events):
+        async with talking(directory) as (guests, process, events):
             process.say({"event": "paused", "reason": "user", "time": 1.5})
             process.say({"event": "resumed", "reason": "user", "time": 2.5})
             process.say({"event": "paused", "reason": "migrated", "time": 3.5})
@@ -98,9 +106,9 @@ def test_events_come_in_order_and_change_the_state(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_requests_are_answered(tmp_path: Path) -> None:
+def test_requests_are_answered(directory: Path) -> None:
     async def scenario() -> None:
-        async with talking(tmp_path) as (guests, process, _):
+        async with talking(directory) as (guests, process, _):
             process.replies["remaining"] = {"bytes": 4096, "converged": True}
             await guests.migrate(VM, "h2")
             assert await guests.remaining(VM, 300) == Remaining(4096, True)
@@ -113,9 +121,9 @@ def test_requests_are_answered(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_refusal_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_a_refusal_is_an_error_that_says_why(directory: Path) -> None:
     async def scenario() -> None:
-        async with talking(tmp_path) as (guests, process, _):
+        async with talking(directory) as (guests, process, _):
             process.replies["suspend"] = {"error": "the VM does not run"}
             with pytest.raises(GuestFailed, match="the VM does not run"):
                 await guests.suspend(VM)
@@ -125,9 +133,9 @@ def test_a_refusal_is_an_error_that_says_why(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_cancel_tells_whether_the_guest_runs_here(tmp_path: Path) -> None:
+def test_a_cancel_tells_whether_the_guest_runs_here(directory: Path) -> None:
     async def scenario() -> None:
-        async with talking(tmp_path) as (guests, process, _):
+        async with talking(directory) as (guests, process, _):
             process.replies["cancel"] = {"error": "the VM does not move"}
             assert await guests.cancel(VM, certain=False)
             process.say({"event": "paused", "reason": "migrated"})
@@ -137,9 +145,9 @@ def test_a_cancel_tells_whether_the_guest_runs_here(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_process_that_ends_is_gone_and_looked_for_again(tmp_path: Path) -> None:
+def test_a_process_that_ends_is_gone_and_looked_for_again(directory: Path) -> None:
     async def scenario() -> None:
-        async with talking(tmp_path) as (guests, process, _):
+        async with talking(directory) as (guests, process, _):
             assert process.writer is not None
             process.state = "paused"
             process.writer.close()
@@ -164,8 +172,8 @@ def test_without_a_hypervisor_orders_are_the_guests_moves() -> None:
     asyncio.run(scenario())
 
 
-def test_drivers_are_known_by_name(tmp_path: Path) -> None:
-    assert isinstance(guest_driver("process", {"directory": tmp_path}), ProcessGuests)
+def test_drivers_are_known_by_name(directory: Path) -> None:
+    assert isinstance(guest_driver("process", {"directory": directory}), ProcessGuests)
     with pytest.raises(ConfigInvalid, match="no driver 'xen'"):
         guest_driver("xen", {})
     with pytest.raises(ConfigInvalid, match=r"guests\.directory"):
