@@ -19,7 +19,7 @@ from migrator.agent.destination import DestinationEnd
 from migrator.agent.end import End, Surroundings
 from migrator.agent.guests import GuestEvent, found, whereabouts
 from migrator.agent.source import SourceEnd
-from migrator.errors import AlreadyMigrating, Corrupt, MigrationNotFound, PreflightFailed
+from migrator.errors import AlreadyMigrating, Corrupt, JournalFailed, MigrationNotFound, PreflightFailed
 from migrator.lifecycle import destination as destination_machine
 from migrator.lifecycle import destination_words as arriving
 from migrator.lifecycle import source as source_machine
@@ -269,13 +269,18 @@ class Ends:
             self._past[end.report.id] = end.move_state()
             while len(self._past) > PAST_MAX:
                 self._past.popitem(last=False)
-        aborted = end.state.phase is arriving.Phase.ABORTED
-        if isinstance(end, DestinationEnd) and aborted:
+        if not self.in_hand(end.vm):
+            self._around.close_lane(end.vm)
+        try:
+            self._note_ended(end)
+        except JournalFailed as error:  # remembered as long as this run lasts
+            self._log.warning("end not written down", migration=end.report.id, error=str(error))
+
+    def _note_ended(self, end: End) -> None:
+        if isinstance(end, DestinationEnd) and end.state.phase is arriving.Phase.ABORTED:
             self._on_ended(end.vm, end.report.epoch)
         if isinstance(end, SourceEnd) and end.state.phase is leaving.Phase.RELEASED:
             self._on_ended(end.vm, max(ref.epoch for ref in end.refs))
-        if not self.in_hand(end.vm):
-            self._around.close_lane(end.vm)
 
     def close(self) -> None:
         for end in self:

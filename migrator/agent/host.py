@@ -16,7 +16,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.agent import orders
 from migrator.agent.end import Surroundings
 from migrator.agent.store import Store
-from migrator.errors import AlreadyMigrating
+from migrator.errors import AlreadyMigrating, JournalFailed
 
 Changed = Callable[[PortRef, int, Callable[[], None]], None]
 """Instance, revision of the configuration that it has now, and how to make it so again. Called in the VM's lane."""
@@ -71,13 +71,21 @@ class HostConfig:
     async def sync(self, sync: pb.Sync) -> list[str]:
         """Make all of it so; returns what could not be, each a sentence."""
         async with self._lock:
-            self._store.save_sync(sync)
-            problems = await asyncio.to_thread(self._common, sync)
+            problems = self._keep(sync)
+            problems += await asyncio.to_thread(self._common, sync)
             self._place_revision = max(self._place_revision, sync.revision)
             present = _by_port(await asyncio.to_thread(self._driver.ports))
             for order in sync.ports:
                 problems += await self._try(order, present)
         return problems
+
+    def _keep(self, sync: pb.Sync) -> list[str]:
+        """For a start without the coordinator, which does not say it again: a full disk keeps nothing else from it."""
+        try:
+            self._store.save_sync(sync)
+        except JournalFailed as error:
+            return [f"not kept for the next start: {error}"]
+        return []
 
     async def port(self, order: pb.PortOrder) -> None:
         """Make one port so. Raises what the driver does."""

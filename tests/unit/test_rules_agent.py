@@ -542,6 +542,28 @@ def test_rule_a_place_that_cannot_be_set_is_tried_again_and_keeps_no_other_back(
     run(scenario, tmp_path, "a")
 
 
+def test_an_agent_whose_disk_is_full_takes_what_it_is_told(tmp_path: Path) -> None:
+    """The coordinator says it once, and waits for its acknowledgement before it ends a redirect."""
+
+    async def scenario(w: World) -> None:
+        agent = w.agents["a"]
+        sync = agent.store.sync()
+        sync.places.extend([pb.Place(network="blue", mac="52:54:00:00:01:01", host="b")])
+        sync.hosts["b"] = "10.0.0.2"
+        sync.revision = 10_000
+
+        def refuse(_: pb.Sync) -> None:
+            raise JournalFailed("no space left")
+
+        agent.store.save_sync = refuse
+        assert await agent.hosting.sync(sync) == ["not kept for the next start: no space left"]
+        driver: Any = w.driver("a")
+        assert list(driver.switch.places.values()) == ["b"]
+        assert agent.hosting.places_known().revision == 10_000
+
+    run(scenario, tmp_path, "a")
+
+
 def test_an_agent_starts_though_a_place_cannot_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(w: World) -> None:
         sync = pb.Sync(places=[pb.Place(network="blue", mac="52:54:00:00:01:01", host="gone")])
