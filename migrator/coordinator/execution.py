@@ -133,7 +133,7 @@ class Execution:
             log.info("migration goes on", migration=run.id, phase=run.machine.phase.value)
         for action in actions:
             if isinstance(action, machine.Finish):
-                close(run.report, action.outcome.value, action.reason)
+                close(run.report, action.outcome.value, action.reason, dry_run=run.machine.dry_run)
         if run.machine.phase is Phase.IN_DOUBT:
             run.report.reason = run.machine.reason
 

@@ -124,11 +124,17 @@ def merge(report: pb.Migration, news: pb.Migration) -> None:
     report.warnings.extend(warning for warning in news.warnings if warning not in report.warnings)
 
 
-def close(report: pb.Migration, outcome: str, reason: str) -> None:
-    """The report's last lines. Records that did not reach the destination make a complete move a degraded one."""
+def close(report: pb.Migration, outcome: str, reason: str, *, dry_run: bool = False) -> None:
+    """The report's last lines. Records that did not reach the destination make a complete move a degraded one.
+
+    What was feared of a move that is complete after all is a warning.
+    """
     left = sum(report.not_moved.values())
     if outcome == "complete" and left:
         outcome, reason = "degraded", reason or f"{left} records were not moved"
+    if outcome == "complete" and reason and not dry_run:
+        report.warnings.append(reason)
+        reason = ""
     report.outcome = outcome
     report.reason = reason
     report.done = True

@@ -206,6 +206,22 @@ def test_lost_agents_after_authorisation_put_it_in_doubt_and_the_operator_resolv
     run(tmp_path, scenario, switchover_s=0.2)
 
 
+def test_a_doubt_that_was_dispelled_is_a_warning(tmp_path: Path) -> None:
+    """Nobody shall read in the report of a complete move that it is not known where the guest runs."""
+
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        report = await bench.begin_migration()
+        await bench.phase(report.id, "in-doubt")
+        b.progress("committed", a.migration)
+        b.progress("opened", a.migration)
+        report = await bench.finished(report.id)
+        assert (report.outcome, report.reason) == ("complete", "")
+        assert [text for text in report.warnings if "deadline of phase" in text]
+
+    run(tmp_path, scenario, switchover_s=0.2)
+
+
 def test_change_during_a_migration_goes_to_both_instances(tmp_path: Path) -> None:
     async def scenario(bench: Bench) -> None:
         a, b = await bench.two_hosts()
