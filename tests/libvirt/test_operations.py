@@ -127,6 +127,7 @@ def ports(lab: LibvirtLab, host: str) -> list[object]:
     return found
 
 
+@pytest.mark.timeout(600)  # it makes two virtual environments
 def test_the_guide_works_as_it_stands(lab: LibvirtLab) -> None:
     guest = add_guest(lab, "web", "h1", [Port("52:54:00:00:00:10", "", ("10.1.0.1",))], Wiring())
     guest.booted()
