@@ -328,8 +328,9 @@ class Agent:
         self._reply(request, guest=str(whereabouts(self.guests, query.vm) or ""))
 
     def _unknown(self, migration: str, reason: str) -> None:
-        """Nothing of that migration is here, so nothing has to be undone."""
-        if self.ends.past(migration) is None:
+        """Nothing of that migration is here, so nothing has to be undone: it was, or there never was anything."""
+        past = self.ends.past(migration)
+        if past is None or not past.opened:
             problem = pb.Problem(kind="MigrationNotFound", message=reason)
             self._tell(pb.FromAgent(progress=pb.Progress(migration=migration, event="aborted", problem=problem)))
 

@@ -312,12 +312,13 @@ class End(abc.ABC):
             await self.call(self._lease)
 
     def _lease(self) -> None:
+        if self.leased:
+            self._set_lease()
+
+    def _set_lease(self) -> None:
         for ref in self.refs:
-            if self.leased:
-                with contextlib.suppress(
-                    PortNotFound, StaleEpoch
-                ):  # one of several that is gone costs no other its own
-                    self.driver.set_lease(ref, self.around.settings.lease_s)
+            with contextlib.suppress(PortNotFound, StaleEpoch):  # one of several that is gone costs no other its own
+                self.driver.set_lease(ref, self.around.settings.lease_s)
 
     def now(self) -> float:
         return time.monotonic()

@@ -20,6 +20,7 @@ from migrator.agent.orders import move_options
 from migrator.agent.quiet import QUIET
 from migrator.agent.report import Report
 from migrator.agent.rounds import Rounds
+from migrator.agent.source_times import LEASED, deadline_s
 from migrator.agent.stream import PeerStream, ask
 from migrator.agent.switchover import Ports, wait_fits, wait_idle
 from migrator.errors import MigrationError, PeerLost
@@ -28,11 +29,9 @@ from migrator.lifecycle import source_words as words
 from migrator.lifecycle.machine import Action, Event, Guest, Role
 from migrator.lifecycle.source_words import Phase
 
-ETHERNET = 14
-PROBE_FIRST_S = 0.2
+ETHERNET, PROBE_FIRST_S = 14, 0.2
 RESUME_TRIES = 3
 ABORT_S = MEASURED_S = 1.0
-LEASED = frozenset({Phase.HOLDING, Phase.SUSPENDING, Phase.DRAINING, Phase.DRAINED, *words.UNSURE, *words.LEFT})
 
 
 class SourceEnd(End):
@@ -58,6 +57,7 @@ class SourceEnd(End):
             progress=lambda: self.tell_now("running"),
         )
         self._moving_guest = False
+        self._waking: asyncio.Task[None] | None = None
         super().__init__(around, report, refs, state)
 
     def _step(self, event: Event) -> tuple[Any, tuple[Action, ...]]:
@@ -74,20 +74,11 @@ class SourceEnd(End):
 
     def _deadline_s(self) -> float | None:
         settings = self.around.settings
-        patient = self.order.timeout_s or settings.timeout_s
-        return {
-            Phase.PROBING: settings.probe_s * 2,
-            Phase.CONNECTING: settings.connect_s * 2,
-            Phase.COPYING: patient,
-            Phase.CONVERGED: patient,
-            Phase.WATCHING: patient,
-            Phase.SETTLING: settings.settle_s,
-            Phase.STUB: None,
-        }.get(self.state.phase, settings.step_s)
+        return deadline_s(self.state.phase, settings, self.order.timeout_s or settings.timeout_s)
 
     @property
     def over(self) -> bool:
-        return self.state.phase in words.OVER
+        return self.state.phase in words.OVER and (self._waking is None or self._waking.done())
 
     @property
     def leased(self) -> bool:
@@ -216,7 +207,7 @@ class SourceEnd(End):
         self.beside("hold", self._hold_and_idle)
 
     async def _hold_and_idle(self) -> None:
-        await self.call(self._hold_for_a_lease)
+        await self.call(self._for_a_lease, self.ports.hold)
         self.report.span("hold", "held")
         began = time.monotonic()
         idle = partial(self.call, self.ports.idle)
@@ -244,7 +235,7 @@ class SourceEnd(End):
         await self.guests.resume(self.vm)
 
     async def _shut(self, _: words.Shut) -> None:
-        await self.call(self.ports.shut)
+        await self.call(self._for_a_lease, self.ports.shut)
 
     def _binding(self, before: machine.State) -> bool:
         """Whoever has sent `final` and does not remember would be certain that the destination has not committed."""
@@ -279,16 +270,15 @@ class SourceEnd(End):
             await self.call(self.ports.take)
         self.post(words.Drained())
 
-    def _hold_for_a_lease(self) -> None:
-        """A hold of an agent that dies at once must end as well."""
-        self.ports.hold()
-        self._lease()
+    def _for_a_lease(self, hold: Callable[[], None]) -> None:
+        """A hold of an agent that dies at once must end as well, whatever the phase is."""
+        hold()
+        self._set_lease()
 
     def _shut_and_drain(self) -> list[Batch]:
         """In the lane, in one go: it is what the guest waits for. Nothing when the first dump is not complete."""
         began = time.monotonic()
-        self.ports.shut()
-        self._lease()
+        self._for_a_lease(self.ports.shut)
         self.report.lasted("quiesce", began)
         began = time.monotonic()
         batches = [self.copier.drain()] if self.copier.dumped else []
@@ -304,7 +294,7 @@ class SourceEnd(End):
         await self.rounds.send_final()
 
     async def _redirect(self, _: words.Redirect) -> None:
-        self.stop_beside("step", "connect", "watch", "ask", "drain", "final")
+        self.stop_beside("step", "connect", "watch", "hold", "ask", "drain", "final")
         self.report.mark("opened")
         self.rounds.halt()
         await self.call(self.ports.redirect, self.order.channel, self.order.destination)
@@ -366,7 +356,7 @@ class SourceEnd(End):
         self.post(words.GuestResumed() if runs else words.CancelFailed())
 
     async def _resume(self, _: words.Resume) -> None:
-        self.stop_beside("step", "connect", "watch", "ask", "drain", "final", "cancel")
+        self.stop_beside("step", "connect", "watch", "hold", "ask", "drain", "final", "cancel")
         self.rounds.halt()
         began = time.monotonic()
         await self._resume_ports()
@@ -374,8 +364,18 @@ class SourceEnd(End):
         self.tell_waiters()
         QUIET.end(self.name)
         await self.rounds.halted()
-        if self._moving_guest and self.state.guest is Guest.RUNNING:
+        if self.state.suspended:
+            self._waking = self.beside("wake", self._wake_after_all)
+            self._waking.add_done_callback(lambda _: self.heard())
+        elif self._moving_guest and self.state.guest is Guest.RUNNING:
             await self.guests.cancel(self.vm, certain=False)
+
+    async def _wake_after_all(self) -> None:
+        """Our own stop of the guest may have come after it was seen to run here: nobody but us will start it."""
+        if "suspend" in self._beside:
+            await asyncio.wait({self._beside["suspend"]})
+        if self.state.guest is Guest.RUNNING:
+            await self.guests.cancel(self.vm, certain=True)
 
     async def _resume_ports(self) -> None:
         for left in reversed(range(RESUME_TRIES)):

@@ -73,6 +73,7 @@ class State:
     final: bool = False  # `final` may have been sent: the destination may have committed
     suspended: bool = False  # we have told the hypervisor to stop the guest
     drained: bool = False  # everything has been sent since the guest stopped
+    opened: bool = False  # the destination has said on this stream that its ports are open: it takes accounting
 
 
 Step = tuple[State, tuple[Action, ...]]
@@ -97,7 +98,7 @@ def _probed(state: State, _: Probed) -> Step:
 
 def _ready(state: State, _: Ready) -> Step:
     if state.phase is Phase.SETTLING:
-        return replace(state, peer=True), (Settle(),)
+        return replace(state, peer=True, opened=True), (Settle(),)
     if state.phase is not Phase.CONNECTING:
         return state, ()
     state = replace(state, peer=True)
@@ -150,7 +151,11 @@ def _peer_committed(state: State, _: PeerCommitted) -> Step:
     return state, ()
 
 
-def _peer_opened(state: State, _: Event) -> Step:
+def _peer_opened(state: State, event: Event) -> Step:
+    if isinstance(event, PeerOpened) and state.peer and not state.opened:
+        state = replace(state, opened=True)
+        if state.phase is Phase.SETTLING:  # somebody else had known it before
+            return state, (Settle(),)
     if state.phase in LEFT or (state.phase is Phase.ABORTED and state.guest is Guest.RUNNING):
         return state, ()
     return replace(state, phase=Phase.REDIRECTING), (Redirect(),)
@@ -159,8 +164,10 @@ def _peer_opened(state: State, _: Event) -> Step:
 def _redirected(state: State, _: Redirected) -> Step:
     if state.phase is not Phase.REDIRECTING:
         return state, ()
-    after = (Settle(),) if state.peer else (Connect(),)
-    return replace(state, phase=Phase.SETTLING), (Tell("redirecting"), *after)
+    settling = replace(state, phase=Phase.SETTLING)
+    if not state.peer:
+        return settling, (Tell("redirecting"), Connect())
+    return settling, (Tell("redirecting"), *((Settle(),) if state.opened else ()))
 
 
 def _peer_settled(state: State, _: PeerSettled) -> Step:
@@ -261,7 +268,9 @@ def _failed(state: State, event: Failed) -> Step:
         return _unsettled(state, event.reason)
     if state.phase is Phase.SUSPENDING or state.phase in EARLY | STOPPING:
         return _give_up(state, event.reason)
-    return state, (Tell("failed", event.reason),)
+    # The last word is the one that is said again to a coordinator which was away: it has to be how it ended.
+    ended = "rolled-back" if state.guest is Guest.RUNNING else "aborted"
+    return state, (Tell("failed", event.reason), *((Tell(ended),) if state.phase is Phase.ABORTED else ()))
 
 
 def _unsettled(state: State, reason: str) -> Step:
@@ -272,7 +281,7 @@ def _unsettled(state: State, reason: str) -> Step:
 
 
 def _peer_failed(state: State, event: PeerFailed) -> Step:
-    state = replace(state, peer=False)
+    state = replace(state, peer=False, opened=False)
     if state.phase is Phase.FINAL:
         aborting = replace(state, phase=Phase.ABORTING, final=False)
         return aborting, (Cancel(certain=True), Tell("failed", event.reason))
@@ -282,7 +291,7 @@ def _peer_failed(state: State, event: PeerFailed) -> Step:
 
 
 def _peer_lost(state: State, event: PeerLost) -> Step:
-    state = replace(state, peer=False)
+    state = replace(state, peer=False, opened=False)
     if state.phase is Phase.CONNECTING or state.phase in EARLY | STOPPING:
         return _give_up(state, event.reason or "the stream to the destination broke")
     if state.phase in UNSURE:
@@ -339,7 +348,7 @@ def _timeout(state: State, event: Timeout) -> Step:
 
 def _restarted(state: State, event: Restarted) -> Step:
     had_stopped = state.guest is not Guest.RUNNING
-    state = replace(state, guest=event.guest, peer=False, drained=False)
+    state = replace(state, guest=event.guest, peer=False, drained=False, opened=False)
     if state.phase in EARLY | STOPPING | UNSURE:
         runs = event.guest is Guest.RUNNING
         if runs and (had_stopped or state.phase in {Phase.PROBING, Phase.CONNECTING}):

@@ -141,6 +141,8 @@ class Side:
             self.all.moving = ""
             if not self.all.running:
                 self.all.resume(self.host, "cancelled")
+        elif self.all.place == self.host and certain and not self.all.running:
+            self.all.resume(self.host, "user")
         return self.all.place == self.host and self.all.running
 
     def committed(self, vm: str) -> None:

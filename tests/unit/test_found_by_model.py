@@ -1,0 +1,123 @@
+"""What the exhaustive model (tests/model) has found, each with the real agents: red before it was repaired."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrator.agent.stream import PeerStream
+from migrator.lifecycle import source as a
+from migrator.lifecycle import source_words as aw
+from migrator.lifecycle.machine import Guest, Role, Verdict
+from tests.unit.pair import VM, Side, World, eventually
+from tests.unit.test_rules_agent import end_of, reach, run
+
+
+def ports(w: World, host: str) -> list[Any]:
+    return list(w.driver(host).switch.ports.values())
+
+
+def test_a_hold_that_comes_too_late_does_not_shut_a_source_that_goes_on(tmp_path: Path) -> None:
+    """The guest turns out to run here in the moment in which the hold is ordered: both were in the queue."""
+
+    async def scenario(w: World) -> None:
+        w.hypervisor.converged = False
+        await w.migrate("b")
+        await reach(w, "a", "watching")
+        end = end_of(w, "a", Role.SOURCE)
+        end.post(aw.GuestFits())
+        end.post(Verdict(guest_at=Role.SOURCE))
+        await eventually(lambda: not w.agents["a"].ends.of(VM))
+        await w.agents["a"].around.call(VM, lambda: None)  # what was in the VM's lane has been done
+        assert [status.gate for status in w.statuses("a")] == ["local", "local"]
+
+    run(scenario, tmp_path, "a", "b")
+
+
+def test_a_guest_that_we_stop_after_the_move_was_given_up_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hypervisor carries out our stop when the abort is already through."""
+
+    async def scenario(w: World) -> None:
+        asked, late, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        suspend = Side.suspend
+
+        async def in_a_thread(side: Side, vm: str) -> None:
+            asked.set()
+            await late.wait()
+            await suspend(side, vm)
+            done.set()
+
+        async def slow(side: Side, vm: str) -> None:
+            await asyncio.shield(asyncio.create_task(in_a_thread(side, vm)))
+
+        monkeypatch.setattr(Side, "suspend", slow)
+        migration = await w.migrate("b")
+        await asked.wait()
+        w.cluster.migrations.abort(migration)
+        await reach(w, "a", "aborted", "")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await eventually(lambda: not w.agents["a"].ends.of(VM))  # if nothing keeps it from forgetting
+        late.set()
+        await done.wait()
+        await eventually(lambda: not w.agents["a"].ends.of(VM))
+        await eventually(lambda: w.hypervisor.running)
+        assert w.hypervisor.place == "a"
+
+    run(scenario, tmp_path, "a", "b")
+
+
+def test_ports_that_are_shut_early_have_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest stops before the source has reached the destination: no renewal is due in that phase."""
+
+    async def scenario(w: World) -> None:
+        async def never(*_: Any) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(PeerStream, "open", never)
+        await w.migrate("b")
+        await reach(w, "a", "connecting")
+        end_of(w, "a", Role.SOURCE).post(aw.GuestPaused(moving=True))
+        await eventually(lambda: all(status.gate.endswith("shut") for status in w.statuses("a")))
+        assert all(port.lease_ns is not None for port in ports(w, "a"))
+
+    run(scenario, tmp_path, "a", "b", lease_s=1000.0)
+
+
+def test_a_refusal_is_over_at_once(tmp_path: Path) -> None:
+    """The destination has forgotten what it refused when it is told to undo it: that is an answer as well."""
+
+    async def scenario(w: World) -> None:
+        w.driver("b").probe = lambda _: ["no room"]
+        assert (await w.finish(await w.migrate("b"))).outcome == "refused"
+        await eventually(lambda: not w.cluster.migrations.migrating())
+        await eventually(lambda: not w.cluster.migrations._execution.running)
+
+    run(scenario, tmp_path, "a", "b")
+
+
+def test_accounting_waits_for_the_destinations_own_word() -> None:
+    """Told by others that the ports are open, the source redirects; its counts wait until the destination says so."""
+    committed = a.State(
+        phase=aw.Phase.COMMITTED, guest=Guest.GONE, authorised=True, peer=True, final=True, drained=True
+    )
+    state, actions = a.step(committed, Verdict(guest_at=Role.DESTINATION, committed=True, opened=True))
+    assert actions == (aw.Redirect(),)
+    state, actions = a.step(state, aw.Redirected())
+    assert aw.Settle() not in actions
+    state, actions = a.step(state, aw.PeerOpened())
+    assert actions == (aw.Settle(),)
+    assert a.step(state, aw.PeerOpened()) == (state, ())
+
+
+@pytest.mark.parametrize(("guest", "word"), [(Guest.RUNNING, "rolled-back"), (Guest.GONE, "aborted")])
+def test_the_last_word_of_a_source_that_has_ended_is_how_it_ended(guest: Guest, word: str) -> None:
+    """Its hypervisor says that the move failed when it has been rolled back: who was away hears only the last word."""
+    _, actions = a.step(a.State(phase=aw.Phase.ABORTED, guest=guest), aw.Failed("the hypervisor gave up"))
+    assert actions == (aw.Tell("failed", "the hypervisor gave up"), aw.Tell(word))
