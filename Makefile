@@ -9,8 +9,8 @@ BPF_SOURCES := $(wildcard datapath/bpf/*.bpf.c datapath/bpf/lib/*.h)
 LOCK := hooks/lock/migrator.so
 LOCK_SOURCES := $(wildcard hooks/lock/*.[ch])
 GUEST := $(wildcard tests/libvirt/guest/*.[ch])
-TESTS := tests/unit tests/contract tests/bpf tests/netns tests/soak \
-	$(addprefix tests/libvirt/,test_lab.py test_migrate.py test_loop.py)
+TESTS := tests/unit tests/contract tests/bpf tests/netns tests/soak
+GUEST_TESTS := $(addprefix tests/libvirt/,test_lab.py test_migrate.py test_loop.py)
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
 .PHONY: help setup packages test soak lint demo bench build generate bpf lock-driver clean lock format test-% test-oldest-kernel bpf-coverage
@@ -50,10 +50,10 @@ bpf: $(BPF)  ## BPF programs
 lock-driver: $(LOCK)  ## libvirt's lock driver of strict mode
 
 test: setup  ## all tests (root), but of those with QEMU guests only whole moves: all of these take half an hour
-	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
+	@$(BIN)/python tools/run_tests.py $(TESTS) --after $(GUEST_TESTS) $(if $(WORKERS),--workers $(WORKERS)) -- $(ARGS)
 
 test-%: setup  ## the tests of one folder: make test-unit, test-bpf, test-netns, test-libvirt
-	@$(BIN)/python -m pytest tests/$* $(ARGS)
+	@$(BIN)/python tools/run_tests.py tests/$* $(if $(filter libvirt,$*),--workers 1) -- $(ARGS)
 
 soak: setup  ## an hour of random moves, changes and faults against a reference model (root); SOAK_MINUTES=, SEED=, STEPS=, ONLY=3,7
 	@$(BIN)/python -m tests.soak.run $(if $(SEED),--seed $(SEED)) $(if $(STEPS),--steps $(STEPS)) $(if $(ONLY),--only $(ONLY)) \

@@ -76,6 +76,7 @@ def test_a_full_ring_refuses_and_goes_on(switch: Switch) -> None:
     assert ring.read()["length"][0] == 5
 
 
+@pytest.mark.alone
 def test_a_reader_wakes_up_and_loses_nothing(switch: Switch) -> None:
     seen: list[int] = []
     arrived = threading.Condition()

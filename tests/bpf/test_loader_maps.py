@@ -53,6 +53,7 @@ def test_one_element_comes_back_as_it_went_in(table: Table) -> None:
     assert not table.delete(keys[0])
 
 
+@pytest.mark.alone
 def test_a_hundred_thousand_entries_go_round(table: Table) -> None:
     keys, values = records(MANY)
     began = time.perf_counter()

@@ -78,6 +78,7 @@ def headed(frames: list[bytes]) -> list[bytes]:
     return [bytes(tun.VNET_HEADER) + one for one in frames]
 
 
+@pytest.mark.alone
 def test_a_hold_tap_keeps_sixteen_thousand_frames_unchanged() -> None:
     hold = HoldTap("hold0")
     frames = [frame(number, 60 + number % 1400) for number in range(HELD)]

@@ -213,6 +213,7 @@ def test_old_connections_expire_and_a_full_table_alarms(host: Host) -> None:
     wait_until(lambda: host.run(lambda: list(host.driver.dump(guest.ref, CONNTRACK.name))) == [], "all expire", 20)
 
 
+@pytest.mark.alone
 def test_ten_thousand_rules_are_in_force_in_time(host: Host) -> None:
     guest = host.guest("10.0.0.1")
     many = rules(

@@ -7,6 +7,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.lab import oracle
@@ -17,6 +18,8 @@ from migrator.lab.workers.raw import Blast
 from .test_rules import instances
 from .traffic import Conversations, Streams
 from .world import MEMORY_MS, NUMBERS, SERVICE, World, since
+
+pytestmark = pytest.mark.alone
 
 BACKGROUND = 100_000
 PROBED = 1000

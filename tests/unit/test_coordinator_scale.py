@@ -39,6 +39,7 @@ async def crowd(port: int, first: int, last: int) -> AsyncIterator[asyncio.Strea
         await process.wait()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_thousand_hosts_learn_a_place_in_time(tmp_path: Path, record_property) -> None:
     async def main() -> list[list[float]]:
