@@ -62,7 +62,8 @@ static __always_inline int from_tunnel_channel(struct __sk_buff *skb, struct tun
 		return drop_slot(skb, channel->slot, TO_GUEST, DROP_HOPS);
 	if (from_tunnel_late(skb, port))
 		return drop_slot(skb, channel->slot, TO_GUEST, DROP_BROADCAST_PATH);
-	if (origin->mark & MARK_JUDGED)
+	/* what it had judged it sends before its accounting: later nobody is believed that the policy has been asked */
+	if (origin->mark & MARK_JUDGED && port_flags(port) & PORT_F_UNSETTLED)
 		path |= PATH_JUDGED;
 	return deliver(skb, channel->slot, path);
 }

@@ -157,7 +157,7 @@ class Agent:
             self._loop.call_soon_threadsafe(self._switch_said, event)
 
     def _switch_said(self, event: Event) -> None:
-        if event.what == "trace":
+        if event.what in {"trace", "log"}:
             self.traces.take(event)
         elif event.what == "opened":
             self.ends.switch(event)

@@ -1,4 +1,4 @@
-"""Live traces of ports: switched on while somebody looks."""
+"""Live traces of ports: switched on while somebody looks. And what rules with `log` say, which the log gets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 
+import structlog
+
 from datapath.errors import PortNotFound
 from datapath.provider import Driver, Event, PortRef
+from migrator import packet
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.end import Surroundings
 
@@ -24,10 +27,13 @@ class Traces:
         self._counts: Counter[PortRef] = Counter()
 
     def take(self, event: Event) -> None:
-        """An event "trace" of the driver; a looker who does not keep up misses events."""
+        """An event "trace" or "log" of the driver; a looker who does not keep up misses events."""
+        if event.what == "log":
+            return _note(event)
         for refs, queue in self._lookers:
             if event.ref in refs and not queue.full():
                 queue.put_nowait(event)
+        return None
 
     async def look(self, vm: str, mac: str) -> AsyncIterator[pb.TraceEvent]:
         """Events of a VM's port, or of all its ports. Raises PortNotFound."""
@@ -58,6 +64,14 @@ class Traces:
         except PortNotFound:
             if on:
                 raise
+
+
+def _note(event: Event) -> None:
+    """A line of the log. The driver bounds how many there are; what a rule has hit is counted exactly elsewhere."""
+    told = {name: event.data.get(name, "") for name in ("rule", "direction", "verdict", "reason", "length")}
+    ref = event.ref
+    names = {"vm": ref.vm, "mac": ref.mac} if ref else {}
+    structlog.get_logger().info("rule", **names, **told, frame=packet.describe(bytes(event.data.get("frame", b""))))
 
 
 def _message(event: Event) -> pb.TraceEvent:

@@ -282,6 +282,10 @@ class Lab:
         self.switch.put("settings", 0, MODEL.settings(tunnel=tunnel, mtu=1500))
         return wire
 
+    def underlay_index(self) -> int:
+        """The device under the tunnel."""
+        return socket.if_nametoindex(self._underlay)
+
     def neighbour(self, far: str) -> None:
         """Another host on the underlay; its frames leave by the same wire."""
         _ip("neigh", "replace", far, "lladdr", mac(UNDERLAY_MAC + 1), "dev", self._underlay)

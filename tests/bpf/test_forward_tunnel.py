@@ -221,7 +221,7 @@ def test_held_frames_follow_the_vm_broadcast_too(lab: Lab) -> None:
 
 
 def test_drained_frames_are_not_judged_again(lab: Lab) -> None:
-    outside, a = overlay(lab, flags=0)  # no policy: it would drop them
+    outside, a = overlay(lab, flags=MODEL.PORT_F_UNSETTLED)  # no policy: it would drop them
     lab.switch.inner("conntracks", 1, "ct_table", 64)
     redirected(lab, 2, B)
     tap = lab.tap(2, MODEL.DEVICE_JUDGED)
@@ -247,7 +247,7 @@ def test_drained_frames_go_back_to_their_guest_when_the_move_failed(lab: Lab) ->
 
 
 def test_drained_frames_wait_for_no_port_that_is_not_active(lab: Lab) -> None:
-    outside, a = overlay(lab, state=MODEL.PORT_STAGED)
+    outside, a = overlay(lab, state=MODEL.PORT_STAGED, flags=MODEL.PORT_F_STATELESS | MODEL.PORT_F_UNSETTLED)
     channel(lab, 1)
     arrive(outside, UNDERLAY, CHANNEL, MODEL.MARK_REDIRECT | MODEL.MARK_JUDGED, datagram(A, B))
     wait_for(lambda: lab.drops(1) == {MODEL.DROP_NOT_ACTIVE: 1}, "drop counted")

@@ -49,6 +49,7 @@ union abi {
 	struct trunk_key trunk_key;
 	struct l2_key l2_key;
 	struct l2_entry l2_entry;
+	struct learning learning;
 	struct host host;
 	struct channel channel;
 	struct member member;

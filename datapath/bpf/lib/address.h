@@ -31,3 +31,14 @@ static __always_inline int addr_is_owned(__u32 slot, const __be32 addr[4])
 	addr_copy(key.addr, addr);
 	return bpf_map_lookup_elem(&addresses, &key) != NULL;
 }
+
+/*
+ * It is a link-local IPv6 address that the port may use: any, since guests make theirs up (RFC 7217), unless some are
+ * named among the port's addresses. Then fe80:: is there, too, which no host has (RFC 4291, 2.6.1).
+ */
+static __always_inline int addr_is_own_link_local(__u32 slot, const __be32 addr[4])
+{
+	__be32 named[4] = {bpf_htonl(0xfe800000)};
+
+	return addr_is_link_local(addr) && (!addr_is_owned(slot, named) || addr_is_owned(slot, addr));
+}

@@ -29,10 +29,17 @@ static __always_inline __u32 source_slot(__u64 source)
 	return SOURCE_KIND(source) == L2_PORT ? SOURCE_TARGET(source) : 0;
 }
 
-/* Frames that are too large for the network's underlay. GSO frames are cut to size later. */
+#define SEGMENT_HEADERS 28 /* IPv4 and UDP: what each segment of a GSO frame has at least before its data */
+
+/* Frames that are too large for the network's underlay. GSO frames are cut to size later, to the size that the guest
+ * says: larger segments than it may send are not left to the NIC (some stop at them, CVE-2018-1000026). */
 static __always_inline int exceeds_mtu(struct __sk_buff *skb, const struct network *network)
 {
-	return network->mtu && !skb->gso_size && skb->len > network->mtu + ETH_HLEN;
+	if (!network->mtu)
+		return 0;
+	if (skb->gso_size)
+		return skb->gso_size + SEGMENT_HEADERS > network->mtu;
+	return skb->len > network->mtu + ETH_HLEN;
 }
 
 struct flood {

@@ -101,7 +101,26 @@ static __always_inline int l2_known(struct l2_entry *entry, const struct l2_entr
 	return entry->flags & L2_PINNED;
 }
 
-/* Learns that a MAC is behind an uplink or a host. A table that is full learns nothing. */
+/*
+ * May one more MAC be learned behind an uplink or a host? Who floods a network with sources that he invents takes the
+ * place of neither VMs nor other networks. Counts it; ageing corrects.
+ */
+static __always_inline int l2_room(__u32 network)
+{
+	__u32 zero = 0;
+	struct learning *own = bpf_map_lookup_elem(&learning, &network);
+	struct learning *all = bpf_map_lookup_elem(&learning, &zero);
+
+	if (!own || !all)
+		return 0;
+	if ((own->max && READ_ONCE(own->count) >= own->max) || (all->max && READ_ONCE(all->count) >= all->max))
+		return 0;
+	__sync_fetch_and_add(&own->count, 1);
+	__sync_fetch_and_add(&all->count, 1);
+	return 1;
+}
+
+/* Learns that a MAC is behind an uplink or a host. Without room it stays unknown: frames for it are flooded. */
 static __noinline void l2_learn(__u32 network, const __u8 mac[6], __u8 kind, __u32 target)
 {
 	struct l2_entry place = {.kind = kind, .target = target}, *entry;
@@ -111,7 +130,7 @@ static __noinline void l2_learn(__u32 network, const __u8 mac[6], __u8 kind, __u
 		return;
 	l2_key_set(&key, network, mac);
 	entry = bpf_map_lookup_elem(&l2, &key);
-	if (entry && l2_known(entry, &place))
+	if (entry ? l2_known(entry, &place) : !l2_room(network))
 		return;
 	l2_move(&key, entry, &place);
 }

@@ -99,6 +99,14 @@ struct {
 	PINNED;
 } l2 SEC(".maps");
 
+struct { /* by network; 0 all networks together */
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, NETWORKS_DEFAULT);
+	__type(key, __u32);
+	__type(value, struct learning);
+	PINNED;
+} learning SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, HOSTS_DEFAULT);

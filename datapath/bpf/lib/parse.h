@@ -8,6 +8,18 @@
 #include "ip.h"
 #include "packet.h"
 
+/* What is in the frame behind an 802.2 SNAP header is as good as behind an Ethernet type to many receivers (IEEE
+ * 802.1H, RFC 1042), and past anti-spoofing and policy (CVE-2021-27853): it is not switched. `length` is where a type
+ * would be. */
+static __always_inline int parse_is_snap(struct __sk_buff *skb, __u32 offset, __be16 length)
+{
+	__u8 head[6]; /* two service access points, control, organisation */
+
+	if (bpf_ntohs(length) >= ETH_P_802_3_MIN || packet_load(skb, offset, head, sizeof(head)))
+		return 0;
+	return head[0] == 0xaa && head[1] == 0xaa && !head[3] && !head[4] && (!head[5] || head[5] == 0xf8);
+}
+
 /* Where L3 begins and what it is. At egress of a locally sent frame a VLAN tag is still in the data: one is skipped. */
 static __always_inline int parse_ethernet(struct __sk_buff *skb, struct packet *pkt)
 {
@@ -26,6 +38,8 @@ static __always_inline int parse_ethernet(struct __sk_buff *skb, struct packet *
 		pkt->l3_offset += sizeof(vlan);
 		proto = vlan[1];
 	}
+	if (parse_is_snap(skb, pkt->l3_offset, proto))
+		return DROP_MALFORMED;
 	if (proto == bpf_htons(ETH_P_IP))
 		pkt->l3 = L3_IPV4;
 	else if (proto == bpf_htons(ETH_P_IPV6))
@@ -83,8 +97,9 @@ static __always_inline void parse_wire(struct __sk_buff *skb, struct packet *pkt
 /*
  * Fills `pkt` (which the caller has zeroed) for the frame at skb->data; `direction` is FROM_GUEST or TO_GUEST.
  * Changes nothing of the frame. Returns enum drop_reason: DROP_NONE, or DROP_MALFORMED for a frame that is cut off,
- * lies about its length, has a v4-mapped IPv6 address or more than IPV6_EXTENSIONS_MAX extension headers, or is a first
- * fragment without its whole transport header (RFC 1858, RFC 7112). Global, so that it is verified once.
+ * lies about its length, wears a SNAP header, has a v4-mapped IPv6 address or more than IPV6_EXTENSIONS_MAX extension
+ * headers, or is a first fragment without its whole transport header (RFC 1858, RFC 7112). Global, so that it is
+ * verified once.
  */
 __noinline int parse(struct __sk_buff *skb, struct packet *pkt, int direction)
 {

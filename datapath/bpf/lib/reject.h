@@ -7,7 +7,7 @@
 #pragma once
 
 #include "answer.h"
-#include "atomic.h"
+#include "limit.h"
 #include "maps.h"
 #include "mark.h"
 #include "vlan.h"
@@ -27,15 +27,10 @@ static __always_inline int reject_within_limit(__u32 slot)
 {
 	__u32 bucket = slot % REJECT_BUCKETS;
 	__u64 *due = bpf_map_lookup_elem(&reject_limits, &bucket);
-	__u64 now = bpf_ktime_get_ns(), old, from;
 
 	if (!due)
 		return 0;
-	old = READ_ONCE(*due);
-	from = old > now ? old : now;
-	if (from - now > REJECT_BURST_NS)
-		return 0;
-	return cas(due, old, from + REJECT_INTERVAL_NS);
+	return limit_take(due, REJECT_INTERVAL_NS, REJECT_BURST_NS);
 }
 
 /* Only what has one sender that understands: no group, no error about an error, no reset of a reset, no options or

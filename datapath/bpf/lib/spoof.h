@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Anti-spoofing: a guest speaks with its own MACs and addresses only. Its MACs are the port's and those whose L2 entry
- * was pinned to the port; its addresses are those in `addresses`. Link-local IPv6 addresses pass; so does what a guest
- * must say before it has an address: DHCP, address probes, router solicitations and multicast reports.
+ * was pinned to the port; its addresses are those in `addresses`. Link-local IPv6 addresses pass unless the port's are
+ * named; so does what a guest must say before it has an address: DHCP, address probes, router solicitations and
+ * multicast reports.
  */
 #pragma once
 
@@ -63,7 +64,7 @@ static __always_inline int spoof_ipv6(struct __sk_buff *skb, struct port *port, 
 
 	if (addr_is_zero(pkt->laddr))
 		reason = spoof_ipv6_unspecified(pkt);
-	else if (!addr_is_link_local(pkt->laddr) && !addr_is_owned(port->slot, pkt->laddr))
+	else if (!addr_is_own_link_local(port->slot, pkt->laddr) && !addr_is_owned(port->slot, pkt->laddr))
 		reason = DROP_SPOOF_ADDRESS;
 	if (!reason && pkt->proto == IPPROTO_ICMPV6 && pkt->fragment != FRAGMENT_LATER)
 		reason = spoof_nd(skb, port, pkt, mac);

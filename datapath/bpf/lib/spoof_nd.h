@@ -74,7 +74,7 @@ static __always_inline int spoof_nd(struct __sk_buff *skb, struct port *port, co
 	if (pkt->hops != ND_HOP_LIMIT || bpf_skb_load_bytes(skb, pkt->l4_offset, &nd, sizeof(nd)))
 		return DROP_SPOOF_ND;
 	/* the target of an advertisement, and of an address probe, is what the guest claims */
-	if ((pkt->icmp_type == ICMP6_NEIGHBOUR_ADVERT || probe) && !addr_is_link_local(nd.target) &&
+	if ((pkt->icmp_type == ICMP6_NEIGHBOUR_ADVERT || probe) && !addr_is_own_link_local(port->slot, nd.target) &&
 	    !addr_is_owned(port->slot, nd.target))
 		return DROP_SPOOF_ND;
 	return spoof_nd_options(skb, pkt->l4_offset + sizeof(nd), mac);

@@ -182,6 +182,11 @@ struct l2_entry {
 	__u32 pad;
 };
 
+struct learning { /* L2 entries learned behind uplinks and hosts (programs add, ageing corrects) */
+	__u32 count;
+	__u32 max; /* 0: no limit */
+};
+
 struct host { /* underlay address of a host of the cluster, v4-mapped for IPv4; index 0 unused */
 	__be32 addr[4];
 };

@@ -26,6 +26,7 @@ class Kernel:
         self.vnis = switch.table("vnis")
         self.trunks = switch.table("trunks")
         self.l2 = switch.table("l2")
+        self.learning = switch.table("learning")
         self.hosts = switch.table("hosts")
         self.host_index = switch.table("host_index")
         self.channels = switch.table("channels")

@@ -76,6 +76,7 @@ L2_ENTRY = _structure(
         ("pad", "<u4"),
     ],
 )
+LEARNING = _structure("learning", [("count", "<u4"), ("max", "<u4")])
 HOST = _structure("host", [("addr", ">u4", 4)])
 CHANNEL = _structure("channel", [("from", ">u4", 4), ("slot", "<u4"), ("epoch", "<u4")])
 MEMBER = _structure("member", [("kind", "u1"), ("pad", "u1"), ("vlan", "<u2"), ("target", "<u4")])

@@ -30,7 +30,7 @@ _BY_SLOT = (
     *("ports", "devices", "counters", "addresses", "trunks", "channels", "conntracks", "dirty", "policies"),
     *("acl_tries", "acl_lines", "acl_rows", "acl_rules"),
 )
-_BY_NETWORK = ("networks", "uplinks", "vnis", "floods")
+_BY_NETWORK = ("networks", "uplinks", "vnis", "floods", "learning")
 _BY_HOST = ("hosts", "host_index")
 
 

@@ -24,6 +24,8 @@ from datapath.errors import KernelError
 from datapath.state.acl import digest
 from datapath.state.kind import Record
 
+_LINK_LOCAL = ipaddress.ip_network("fe80::/10")
+
 
 @dataclass
 class _Generation:
@@ -149,8 +151,12 @@ def _indexes(values: np.ndarray) -> np.ndarray:
 
 
 def set_addresses(addresses: Table, slot: int, wanted: Sequence[str]) -> None:
-    """Make `wanted` the addresses of the port in `slot` (anti-spoofing); other ports' stay."""
-    keys = address_keys(slot, wanted)
+    """Make `wanted` the addresses of the port in `slot` (anti-spoofing); other ports' stay.
+
+    Link-local IPv6 addresses are free unless some are wanted: then only these are the port's (address.h).
+    """
+    own = [text for text in wanted if ipaddress.ip_address(text) in _LINK_LOCAL]
+    keys = address_keys(slot, [*wanted, str(_LINK_LOCAL.network_address)] if own else wanted)
     if len(keys):
         addresses.load(keys, np.ones(len(keys), U32))
     there = addresses.keys()

@@ -24,6 +24,9 @@ from datapath.state.conntrack import ALARM_PERCENT
 
 INTERVAL_S = 5.0
 INTERVAL_MIN_S = 0.2
+LEARNED_OUTSIDE, LEARNED_OF_NETWORK = 2, 4
+"""MACs that are learned behind uplinks and hosts: this part of the L2 table, all together and of one network."""
+ALL_NETWORKS = 0
 ALARM = ALARM_PERCENT / 100
 _ALARM_ENDS = 0.7
 _log = logging.getLogger(__name__)
@@ -116,7 +119,7 @@ class Sweeper:
     # ---- L2 ----
 
     def age_l2(self) -> None:
-        """Delete learned entries that are older than their network allows, and count what each port has learned."""
+        """Delete learned entries that are older than their network allows; count what each port and network has."""
         keys, entries = self._kernel.l2.read()
         learned = (entries["flags"] & (C.L2_F_STATIC | C.L2_F_LOCATION)) == 0
         old = learned & (self._ages(entries) > self._limits(keys))
@@ -125,6 +128,7 @@ class Sweeper:
         for key, slot in zip(keys[old & ours], entries["target"][old & ours].tolist(), strict=True):
             self._note(slot, key)
         self._correct(entries["target"][learned & ~old & ours])
+        self._make_room(keys["network"][learned & ~old & ~ours])
 
     def _ages(self, entries: np.ndarray) -> np.ndarray:
         now = np.uint64(ktime_ns())
@@ -149,3 +153,16 @@ class Sweeper:
         counts = np.bincount(slots, minlength=self._kernel.slots)
         for instance in self._instances:
             self._kernel.ports.view["learned"][instance.slot] = counts[instance.slot]
+
+    def _make_room(self, networks: np.ndarray) -> None:
+        """How many MACs networks have learned from outside, and how many they may.
+
+        Half of the table is kept for what has to find room: places of VMs and what ports learn.
+        """
+        room = self._kernel.learning
+        records = np.zeros(room.entries, room.value)
+        records["count"] = np.bincount(networks, minlength=room.entries)[: room.entries]
+        records["count"][ALL_NETWORKS] = len(networks)
+        records["max"] = max(1, self._kernel.l2.entries // LEARNED_OF_NETWORK)
+        records["max"][ALL_NETWORKS] = max(1, self._kernel.l2.entries // LEARNED_OUTSIDE)
+        room.load(np.arange(room.entries, dtype=room.key), records)
