@@ -42,7 +42,8 @@ class Store:
         self._log = structlog.get_logger()
         self._open: dict[str, tuple[int, int]] = {}  # descriptor and length of what was written
         try:
-            self._ends.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # tokens of migrations, and guests' frames
+            self._ends.mkdir(exist_ok=True)
         except OSError as error:
             raise _unwritable(directory, error) from error
 

@@ -14,6 +14,7 @@ import ctypes
 import errno
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,13 @@ class Pins:
         return self.root / "links"
 
     def make(self) -> None:
+        """Raises KernelError (EPERM) for a directory of somebody else's, who could take pins out or put others in."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = self.root.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise KernelError(
+                f"{self.root} is of user {found.st_uid}", errno.EPERM, hint="remove it; mount bpffs with mode=0700"
+            )
         for directory in (self.maps, self.links):
             directory.mkdir(parents=True, exist_ok=True)
 

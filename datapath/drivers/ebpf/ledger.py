@@ -54,7 +54,8 @@ class Ledger:
         self._later: dict[int, PortEntry] = {}
         self._lock = threading.Lock()  # of `_later`, never held while a file is written
         self._files = threading.Lock()
-        self._ports.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._ports.mkdir(exist_ok=True)
 
     # ---- ports ----
 

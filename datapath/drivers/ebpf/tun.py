@@ -28,6 +28,7 @@ IFF_VNET_HDR = 0x4000
 _PATH = "/dev/net/tun"
 _TUNSETIFF = 0x400454CA
 _TUNSETPERSIST = 0x400454CB
+_TUNSETOWNER = 0x400454CC
 _TUNSETOFFLOAD = 0x400454D0
 _TUNGETIFF = 0x800454D2
 _TUNGETVNETHDRSZ = 0x800454D7
@@ -43,6 +44,7 @@ _PACKET_QDISC_BYPASS = 20
 def open_tap(name: str, *, persist: bool = False) -> int:
     """Make a tap with vnet headers, or open one that nobody holds. Returns a descriptor that does not block.
 
+    One that persists is root's: without an owner anybody who may open /dev/net/tun could take it while nobody holds it.
     Raises FeatureMissing (no /dev/net/tun), KernelError (EBUSY: somebody holds it; EINVAL: another sort of device).
     """
     try:
@@ -52,6 +54,7 @@ def open_tap(name: str, *, persist: bool = False) -> int:
     try:
         _ioctl(fd, _TUNSETIFF, _REQUEST.pack(name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR), f"open tap {name}")
         if persist:
+            _control(fd, _TUNSETOWNER, 0, f"give tap {name} to root")
             _control(fd, _TUNSETPERSIST, 1, f"keep tap {name}")
         take_offloads(fd)
     except BaseException:

@@ -2,7 +2,8 @@
 
 The hook has them made before libvirt starts QEMU and removed after it ended. A tap that somebody else made under the
 name is used and left alone: what is ours is written down, by name and ifindex, for the agent may be another by then.
-They belong to root: libvirtd opens them, and hands QEMU the descriptors.
+They belong to root, by TUNSETOWNER: libvirtd opens them, and hands QEMU the descriptors. The kernel lets whoever may
+open /dev/net/tun, on most hosts everybody, take a free queue of a tap without owner, and so be the guest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from migrator.agent.libvirt.domain import Domain, Interface
 from migrator.errors import JournalFailed
 
 # linux/if_tun.h, linux/if.h, linux/sockios.h, linux/rtnetlink.h
-_TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
+_TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 _IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x0100, 0x1000, 0x4000
 _IFF_UP = 1
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFMTU = 0x8913, 0x8914, 0x8922
@@ -121,6 +122,7 @@ def make_tap(name: str, *, multi_queue: bool) -> None:
     try:
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if multi_queue else 0)
         _ioctl(fd, _TUNSETIFF, _FLAGS.pack(name.encode(), flags), f"make tap {name}")
+        _ioctl(fd, _TUNSETOWNER, 0, f"give tap {name} to root")
         _ioctl(fd, _TUNSETPERSIST, 1, f"keep tap {name}")
     finally:
         os.close(fd)
