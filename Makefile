@@ -13,7 +13,7 @@ TESTS := tests/unit tests/contract tests/bpf tests/netns tests/soak
 GUEST_TESTS := $(addprefix tests/libvirt/,test_lab.py test_migrate.py test_loop.py)
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
-.PHONY: help setup packages test soak lint demo bench build generate bpf lock-driver clean lock format test-% test-oldest-kernel bpf-coverage
+.PHONY: help setup packages test soak lint demo bench build generate bpf lock-driver clean lock format audit test-% test-oldest-kernel bpf-coverage
 
 help:  ## this list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -82,6 +82,9 @@ lint: setup  ## ruff, mypy, layers, C format, house rules
 format: setup  ## make the code look as lint wants it
 	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i datapath/bpf/*.bpf.c datapath/bpf/lib/*.h $(GUEST) $(LOCK_SOURCES)
+
+audit: setup  ## dependencies against the lock and PyPI's advisories (network)
+	@tools/audit
 
 build: setup  ## a wheel with compiled BPF programs and generated code, in dist/
 	@rm -rf build dist/*.whl
