@@ -7,6 +7,7 @@ lost: a frame twice is worse than one that is missing. Nothing is flushed, as in
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,8 @@ class TakenFrames:
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o600)
             try:
-                os.pwrite(descriptor, data, 0)
+                if os.pwrite(descriptor, data, 0) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
         except OSError as error:

@@ -2,7 +2,8 @@
 
 Nothing is flushed: files have to outlive the agent, and what a crash of the host takes, it takes from the switch too.
 A migration's file is overwritten in place by one write, which a dying process cannot cut in two: that costs a
-switchover tens of microseconds, where a rename would cost it a millisecond each time.
+switchover tens of microseconds, where a rename would cost it a millisecond each time. Its room is taken when the
+migration begins, so that a disk that becomes full does not cut it in two either.
 
 A file that cannot be read, for a crash of the host may leave anything, keeps no agent from starting: it is put aside as
 NAME.damaged, with a warning, and the agent goes on with what the switch and the coordinator say.
@@ -29,6 +30,7 @@ from migrator.errors import JournalFailed
 T = TypeVar("T")
 SYNC_MAGIC = b"sync\x00\x00\x00\x01"  # the last byte is the version
 PLACES_BYTES = 1 << 20  # of changes; then all is written anew
+BLOCK = 4096
 _HEAD = struct.Struct("<Q8s")  # length of a change, and its digest
 
 
@@ -102,9 +104,11 @@ class Store:
             if name not in self._open:
                 self._open[name] = (os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), 0)
             descriptor, length = self._open[name]
-            data = json.dumps(fields).encode().ljust(length)  # a shorter text covers all of a longer one
-            os.pwrite(descriptor, data, 0)
-            self._open[name] = (descriptor, len(data))
+            data = json.dumps(fields).encode()
+            if len(data) > length:
+                length = _make_room(descriptor, length, len(data))
+                self._open[name] = (descriptor, length)
+            _write_all(descriptor, data.ljust(length), 0)  # a shorter text covers all of a longer one
         except OSError as error:
             raise _unwritable(path, error) from error
 
@@ -155,6 +159,26 @@ class Store:
             new.replace(path)
         except OSError as error:
             raise _unwritable(path, error) from error
+
+
+def _make_room(descriptor: int, length: int, wanted: int) -> int:
+    """Lengthen a file to what is wanted and more, by spaces: what is in it stays whole when that fails.
+
+    A disk that is full later takes what needs no new blocks.
+    """
+    room = -(-2 * wanted // BLOCK) * BLOCK
+    try:
+        _write_all(descriptor, bytes(room - length).replace(b"\0", b" "), length)
+    except OSError:
+        os.ftruncate(descriptor, length)
+        raise
+    return room
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+    """Raises OSError also when only a part was written, as on a disk that has just become full."""
+    if os.pwrite(descriptor, data, offset) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _unsealed(data: bytes) -> pb.Sync:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import structlog
 from datapath.provider import PortRef
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.store import Store
+from migrator.errors import JournalFailed
 from tests.unit.pair import MACS, VM, eventually, world
 
 
@@ -169,3 +173,50 @@ def test_an_epoch_that_ended_is_remembered(tmp_path: Path) -> None:
             assert PortRef(VM, old.mac, w.agents["a"].store.ended()[VM]) == old
 
     asyncio.run(scenario())
+
+
+@contextlib.contextmanager
+def no_room_beyond(size: int) -> Iterator[None]:
+    """The kernel writes files up to a size and says how much that was, as when a disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def an_end(**state: str) -> dict[str, object]:
+    return {"id": "m", "role": "source", "vm": VM, "state": state, "order": "00"}
+
+
+def test_a_disk_that_becomes_full_leaves_a_migration_whole(tmp_path: Path) -> None:
+    """A short text has its room from the beginning; one that has none any more leaves what was written before."""
+    store = Store(tmp_path)
+    store.save_end("m.source", an_end(phase="probing"))
+    room = (tmp_path / "migrations" / "m.source.json").stat().st_size
+    with no_room_beyond(room):
+        store.save_end("m.source", an_end(phase="copying", more="x" * 500))
+        with pytest.raises(JournalFailed):
+            store.save_end("m.source", an_end(phase="final", more="x" * room))
+        store.save_end("m.source", an_end(phase="draining"))
+    assert [end["state"] for end in Store(tmp_path).ends()] == [{"phase": "draining"}]
+    with no_room_beyond(room + 100):
+        with pytest.raises(JournalFailed):
+            store.save_end("m.source", an_end(phase="final", more="x" * room))
+    assert [end["state"] for end in Store(tmp_path).ends()] == [{"phase": "draining"}]
+
+
+def test_a_migration_that_has_no_room_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with no_room_beyond(100), pytest.raises(JournalFailed):
+        store.save_end("m.source", an_end(phase="probing"))
+    store.forget_end("m.source")
+    assert not Store(tmp_path).ends() and not list((tmp_path / "migrations").iterdir())
+
+
+def test_frames_that_have_no_room_are_in_memory_only(tmp_path: Path) -> None:
+    kept = Store(tmp_path).taken("m.source")
+    with no_room_beyond(100), structlog.testing.capture_logs() as logs:
+        kept.keep({MACS[0]: [b"x" * 200]})
+    assert [log["event"] for log in logs] == ["taken frames are in memory only"]
