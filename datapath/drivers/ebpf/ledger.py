@@ -7,10 +7,12 @@ programs change: states, gates, clocks, tables.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,12 +85,17 @@ class Ledger:
             self._later[entry.slot] = entry
 
     def flush(self) -> None:
-        """Write what was put off."""
+        """Write what was put off. Raises KernelError; then what is not written is written by a later call."""
         with self._files:
             with self._lock:
                 entries, self._later = self._later, {}
-            for entry in entries.values():
-                self._write_port(entry)
+            try:
+                while entries:
+                    self._write_port(next(iter(entries.values())))
+                    entries.pop(next(iter(entries)))
+            finally:
+                with self._lock:
+                    self._later = {**entries, **self._later}
 
     def _write_port(self, entry: PortEntry) -> None:
         values = {name: value for name, value in vars(entry).items() if name not in ("rules", "carried")}
@@ -109,11 +116,8 @@ class Ledger:
 
     def save_fdb(self, slot: int, entries: NDArray[Any]) -> None:
         """L2 entries that a staged port will own when it opens."""
-        path = self._ports / f"{slot}.fdb.npy"
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with _replacing(self._ports / f"{slot}.fdb.npy") as partial, partial.open("wb") as file:
             np.save(file, entries, allow_pickle=False)
-        partial.replace(path)
 
     def fdb(self, slot: int) -> NDArray[Any] | None:
         path = self._ports / f"{slot}.fdb.npy"
@@ -181,9 +185,22 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, values: Any) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
+    with _replacing(path) as partial, partial.open("w") as file:
         json.dump(values, file, separators=(",", ":"))
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of `path`. Raises KernelError; then nothing has changed."""
+    partial = path.with_suffix(".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise KernelError(
+            f"write {path}", error.errno or errno.EIO, hint="the driver's state_dir has to be writable"
+        ) from error

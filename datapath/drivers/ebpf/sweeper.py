@@ -51,6 +51,7 @@ class Sweeper:
         self._due: dict[int, int] = {}
         self._alarmed: set[int] = set()
         self._stop = threading.Event()
+        self._unwritten = False
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
 
     def start(self) -> None:
@@ -65,14 +66,25 @@ class Sweeper:
         Path("/proc/thread-self/comm").write_text("sweeper")  # for whoever looks at the agent's threads
         due_l2 = 0
         while not self._stop.wait(min(INTERVAL_MIN_S, self._interval_s)):
+            self._flush()
             try:
-                self._ledger.flush()
                 self._sweep_due()
                 if ktime_ns() >= due_l2:
                     self.age_l2()
                     due_l2 = ktime_ns() + int(self._interval_s * 1e9)
             except DatapathError:
                 _log.exception("a sweep failed; the next one goes on")
+
+    def _flush(self) -> None:
+        """A disk that is full keeps nothing from its end, and is told of once."""
+        try:
+            self._ledger.flush()
+        except DatapathError as error:
+            if not self._unwritten:
+                _log.warning("tried again until it is written: %s", error)
+            self._unwritten = True
+        else:
+            self._unwritten = False
 
     def _sweep_due(self) -> None:
         now = ktime_ns()
