@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,6 +24,8 @@ class AgentSection(_Section):
     listen: str = "0.0.0.0:7401"  # for other agents
     advertise: str = ""  # host:port at which other agents reach `listen`; "": what `listen` says
     socket: Path = Path("/run/migrator/agent.sock")
+    socket_group: str = ""  # its members may use the socket, too, as what `socket_role` says
+    socket_role: Literal["operator", "viewer"] = "viewer"
     state_dir: Path = Path("/var/lib/migrator/agent")
     metrics_port: int = Field(default=0, ge=0, le=65535)  # of Prometheus on 127.0.0.1; 0: none
     log_json: bool = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -25,7 +24,7 @@ from migrator.agent.host import HostConfig
 from migrator.agent.household import Household
 from migrator.agent.link import Link
 from migrator.agent.local import AgentService
-from migrator.agent.peer import PeerService
+from migrator.agent.peer import LIMITS, PeerService
 from migrator.agent.source import SourceEnd
 from migrator.agent.store import Store
 from migrator.agent.stream import SERVER_OPTIONS
@@ -34,6 +33,8 @@ from migrator.errors import PreflightFailed, error_name
 from migrator.lifecycle import source_words as leaving
 from migrator.lifecycle.machine import Guest, Role
 from migrator.security import identity
+from migrator.security.guard import Guard
+from migrator.security.local import LocalSocket, Served
 from migrator.security.transport import PLAIN, Transport
 
 VERSION = version("vm-netstate-migrator")
@@ -78,7 +79,7 @@ class Agent:
         self.peer = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._servers: list[Any] = []
-        self._socket: Path | None = None
+        self._serves = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
 
@@ -106,22 +107,22 @@ class Agent:
         self._log.info("agent started", host=self.host, driver=self.driver.name, peer=self.peer, version=VERSION)
 
     async def _serve(self) -> None:
-        peers = grpc.aio.server(options=SERVER_OPTIONS)
+        guard = Guard(self.transport, limits=LIMITS)
+        peers = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[guard])
         rpc.add_PeerServicer_to_server(PeerService(self.ends), peers)  # type: ignore[no-untyped-call]
         port = self.transport.listen(peers, self.config.agent.listen, "agent.listen")
         await peers.start()
         self._servers.append(peers)
         self.peer = self.config.agent.advertise or f"{self.config.agent.listen.rpartition(':')[0]}:{port}"
-        local = grpc.aio.server(options=SERVER_OPTIONS)
+        own = self.config.agent
+        socket = LocalSocket(own.socket, own.socket_group, identity.Role(own.socket_role), "agent.socket")
+        local = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[Guard(PLAIN, socket.identity)])
         rpc.add_AgentServicer_to_server(AgentService(self), local)  # type: ignore[no-untyped-call]
-        socket = self.config.agent.socket
-        socket.parent.mkdir(parents=True, exist_ok=True)
-        socket.unlink(missing_ok=True)
-        PLAIN.listen(local, f"unix:{socket}", "agent.socket")
+        self._servers.append(Served(local, [socket]))
+        socket.bind(local)
         await local.start()
-        socket.chmod(0o660)
-        self._servers.append(local)
-        self._socket = socket
+        await socket.start()
+        self._serves = True
 
     async def stop(self) -> None:
         """Let go of everything; ports keep passing frames and migrations in hand are taken up at the next start."""
@@ -135,8 +136,7 @@ class Agent:
         await asyncio.to_thread(self.around.close)
         await asyncio.to_thread(self.driver.stop)
         self.store.close()
-        if self._socket is not None:  # it may be another agent's as long as we have not made it
-            self._socket.unlink(missing_ok=True)
+        if self._serves:
             self._log.info("agent stopped", host=self.host)
 
     def _go(self, work: Coroutine[Any, Any, None]) -> None:

@@ -16,12 +16,18 @@ from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent.destination import DestinationEnd
 from migrator.agent.ends import Ends
+from migrator.coordinator.rpc import reported
+from migrator.errors import Forbidden
 from migrator.faults import passing, reach
 from migrator.lifecycle import destination_words as words
+from migrator.security.identity import CALLER
+from migrator.security.limits import Limits
 
 BEGIN_S = 10.0
 LOADING_MAX = 3
 """Sections that may wait to be loaded while the next is read: 4 MiB a migration at most."""
+LIMITS = Limits(calls=256)
+"""Of one other host. What is prepared here the coordinator has ordered; each of these streams holds 4 MiB at most."""
 _SETTLED = (
     pb.FromDestination(ready=pb.Empty()),
     pb.FromDestination(opened=pb.Opened()),
@@ -66,8 +72,10 @@ class PeerService(rpc.PeerServicer):
             return
         end = self._ends.destination(begin.migration)
         if end is None or begin.epoch != end.order.epoch or not hmac.compare_digest(begin.token, end.order.token):
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such migration is prepared here")
-            return
+            async with reported(context):
+                raise Forbidden("no such migration is prepared here", hint="the coordinator prepares a destination")
+        async with reported(context):
+            CALLER.get().require_host(end.order.source, f"bring VM {end.vm}")
         source = _Source()
         reader = asyncio.create_task(self._receive(end, source, requests))
         end.attach(source)
@@ -112,6 +120,8 @@ class PeerService(rpc.PeerServicer):
         if end is None:
             answer = self._ends.past(request.migration) or await self._ends.found(request.vm, request.epoch)
         else:
+            async with reported(context):
+                CALLER.get().require_host(end.order.source, f"ask for VM {end.vm}")
             answer = await asyncio.wait_for(end.ask(), max(context.time_remaining() or BEGIN_S, 0.001))
         reach("destination", "send.answer")
         return answer

@@ -45,7 +45,9 @@ async def _serve(settings: Settings) -> None:
     try:
         cluster = Cluster(journal, settings.deadlines)
         cluster.start()
-        server, port = await serve(cluster, settings.listen, transport)
+        server, port = await serve(
+            cluster, settings.listen, transport, settings.socket_group, Role(settings.socket_role)
+        )
         if settings.metrics_port:
             start_http_server(settings.metrics_port, settings.metrics_address)
         log.info("coordinator serves", listen=settings.listen, port=port, revision=cluster.store.revision)

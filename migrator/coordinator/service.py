@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,8 +16,12 @@ from migrator.coordinator.cluster import Cluster
 from migrator.coordinator.roster import Session
 from migrator.coordinator.rpc import reported
 from migrator.coordinator.watch import watch
-from migrator.errors import ConfigInvalid
+from migrator.errors import ConfigInvalid, Forbidden
 from migrator.faults import passing
+from migrator.security.guard import Guard
+from migrator.security.identity import CALLER, Identity, Role
+from migrator.security.local import LocalSocket, Served
+from migrator.security.settings import is_unix
 from migrator.security.transport import PLAIN, Transport
 
 OPTIONS = (
@@ -45,7 +50,9 @@ class CoordinatorService(migrator_pb2_grpc.CoordinatorServicer):
 
     async def Attach(self, requests: Any, context: Any) -> AsyncIterator[pb.ToAgent]:  # noqa: N802
         async with reported(context):
-            session = self._cluster.join(await _hello(requests))
+            hello = await _hello(requests)
+            CALLER.get().require_host(hello.host, "attach")
+            session = self._cluster.join(hello)
             reader = asyncio.get_running_loop().create_task(self._read(session, requests))
             try:
                 async for message in session.messages():
@@ -86,22 +93,34 @@ class CoordinatorService(migrator_pb2_grpc.CoordinatorServicer):
 
     async def Migrate(self, request: pb.MigrateRequest, context: Any) -> AsyncIterator[pb.Migration]:  # noqa: N802
         async with reported(context):
+            if CALLER.get().role is Role.AGENT:
+                _brings(CALLER.get(), request)
             migration = await self._cluster.migrations.migrate(request)
             async for report in self._cluster.migrations.follow(migration):
                 yield report
 
     async def Migrations(self, request: pb.Empty, context: Any) -> pb.MigrationList:  # noqa: N802, ARG002
         async with reported(context):
-            reports = sorted(self._cluster.migrations.reports(), key=lambda report: report.started_at)
+            known = (report for report in self._cluster.migrations.reports() if _concerns(CALLER.get(), report))
+            reports = sorted(known, key=lambda report: report.started_at)
             return pb.MigrationList(migrations=reports)
 
     async def Follow(self, request: pb.MigrationRef, context: Any) -> AsyncIterator[pb.Migration]:  # noqa: N802
         async with reported(context):
+            self._require_part(request.id)
             async for report in self._cluster.migrations.follow(request.id):
                 yield report
 
+    def _require_part(self, migration: str) -> None:
+        """An agent has to do with migrations from and to its host only. Raises Forbidden."""
+        caller = CALLER.get()
+        for report in self._cluster.migrations.reports():
+            if report.id == migration and not _concerns(caller, report):
+                raise Forbidden(f"{caller} has no part in migration {migration}")
+
     async def Abort(self, request: pb.MigrationRef, context: Any) -> pb.Migration:  # noqa: N802
         async with reported(context):
+            self._require_part(request.id)
             return self._cluster.migrations.abort(request.id, request.reason)
 
     async def Resolve(self, request: pb.ResolveRequest, context: Any) -> pb.Migration:  # noqa: N802
@@ -115,7 +134,19 @@ class CoordinatorService(migrator_pb2_grpc.CoordinatorServicer):
 
     async def Declare(self, request: pb.DeclareRequest, context: Any) -> pb.ApplyReply:  # noqa: N802
         async with reported(context):
+            CALLER.get().require_host(request.host, "declare ports")
             return await self._cluster.declarations.declare(request)
+
+
+def _concerns(caller: Identity, report: pb.Migration) -> bool:
+    return caller.role is not Role.AGENT or caller.name in {report.source, report.destination}
+
+
+def _brings(caller: Identity, request: pb.MigrateRequest) -> None:
+    """An agent asks for what its own hypervisor is about to receive, and nothing else. Raises Forbidden."""
+    caller.require_host(request.to, "bring a VM")
+    if not request.ordered_elsewhere or request.dry_run or request.without_state:
+        raise Forbidden(f"{caller} may not order a migration", hint="an operator may: `migrator migrate`")
 
 
 async def _hello(requests: Any) -> pb.Hello:
@@ -130,11 +161,30 @@ async def _hello(requests: Any) -> pb.Hello:
     return first.hello
 
 
-async def serve(cluster: Cluster, listen: Sequence[str], transport: Transport = PLAIN) -> tuple[Any, int]:
-    """Start serving; returns the server and the port of its last address. Raises ConfigInvalid if it cannot."""
-    server = grpc.aio.server(options=OPTIONS)
+async def serve(
+    cluster: Cluster, listen: Sequence[str], transport: Transport = PLAIN, group: str = "", role: Role = Role.VIEWER
+) -> tuple[Served, int]:
+    """Start serving; returns the server and the port of its last address, 0 for a path. Raises ConfigInvalid.
+
+    `group` and `role`: see LocalSocket.
+    """
+    sockets = [LocalSocket(Path(one.removeprefix("unix:")), group, role) for one in listen if is_unix(one)]
+
+    def behind(name: str) -> Identity | None:
+        return next((found for one in sockets if (found := one.identity(name))), None)
+
+    server = grpc.aio.server(options=OPTIONS, interceptors=[Guard(transport, behind)])
     migrator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(cluster), server)  # type: ignore[no-untyped-call]
-    for address in listen:
-        port = transport.listen(server, address)
-    await server.start()
-    return server, port
+    port = 0
+    try:
+        for one in sockets:
+            one.bind(server)
+        for address in listen:
+            port = 0 if is_unix(address) else transport.listen(server, address)
+        await server.start()
+        for one in sockets:
+            await one.start()
+    except BaseException:
+        await Served(server, sockets).stop(0)
+        raise
+    return Served(server, sockets), port

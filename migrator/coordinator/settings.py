@@ -50,12 +50,17 @@ Address = Annotated[str, Field(pattern=r"^(unix:/.+|.+:\d{1,5})$")]
 
 
 class Settings(BaseModel):
-    """`listen`: host:port or unix:PATH, one or several, for agents and operators. `metrics_port` 0: none are served."""
+    """`listen`: host:port or unix:PATH, one or several, for agents and operators. `metrics_port` 0: none are served.
+
+    `socket_group`: whose members may use the unix sockets, too, with `socket_role`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     listen: Annotated[list[Address], BeforeValidator(_listed), Field(min_length=1)] = ["127.0.0.1:7400"]
     state_dir: Path = Path("/var/lib/migrator/coordinator")
+    socket_group: str = ""
+    socket_role: Literal["operator", "viewer"] = "viewer"
     metrics_port: int = Field(default=0, ge=0, le=65535)
     metrics_address: str = "127.0.0.1"
     log_json: bool = True

@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from migrator.errors import CertificateInvalid
-from migrator.security.identity import Identity, of_certificate, subject
+from migrator.security.identity import Identity, of_certificate
 from migrator.security.settings import Tls
 
 BYTES_MAX = 1 << 20
@@ -69,6 +69,19 @@ def certificates(pem: bytes, path: Path | str) -> list[x509.Certificate]:
         raise CertificateInvalid(f"{path}: no certificate in PEM: {error}") from None
 
 
+def serials(path: Path, material: Material | None) -> frozenset[int]:
+    """Serial numbers on a list of what one of the authorities has revoked. Raises CertificateInvalid."""
+    pem = _bytes(path, "revoked")
+    try:
+        found = x509.load_pem_x509_crl(pem)
+    except ValueError as error:
+        raise CertificateInvalid(f"tls.revoked: {path}: no list in PEM: {error}") from None
+    trusted = certificates(material.authorities, "tls.ca") if material else []
+    if not any(found.is_signature_valid(one.public_key()) for one in trusted):  # type: ignore[arg-type]
+        raise CertificateInvalid(f"tls.revoked: {path}: signed by none of the authorities in tls.ca")
+    return frozenset(entry.serial_number for entry in found)
+
+
 def _bytes(path: Path, what: str) -> bytes:
     try:
         with path.open("rb") as file:
@@ -108,6 +121,3 @@ def _by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     except (ValueError, TypeError, InvalidSignature):
         return certificate == authority
     return True
-
-
-__all__ = ["Material", "certificates", "check_dates", "read", "subject"]

@@ -17,7 +17,7 @@ import grpc
 import structlog
 
 from migrator.errors import CertificateInvalid, ConfigInvalid
-from migrator.security.files import Material, read
+from migrator.security.files import Material, read, serials
 from migrator.security.identity import Identity, Role
 from migrator.security.settings import Tls, is_unix
 
@@ -41,8 +41,12 @@ class Transport:
         self._refused: _Stamp = ()
         self._material: Material | None = None
         self._log = structlog.get_logger()
+        self._listed = (0, 0, 0)
+        self._revoked: frozenset[int] = frozenset()
         if tls.there:
             self._stamp, self._material = self._files(), self._read()
+            if tls.revoked:
+                self._listed, self._revoked = _stamp(tls.revoked), serials(tls.revoked, self._material)
 
     @property
     def identity(self) -> Identity | None:
@@ -90,6 +94,20 @@ class Transport:
                 hint="the name in the certificate has to be `agent.host`",
             )
         return material
+
+    def revoked(self) -> frozenset[int]:
+        """Serial numbers that count no more. A list that cannot be read leaves the one before in force."""
+        path = self.tls.revoked
+        if path is None:
+            return frozenset()
+        with self._lock:
+            if (stamp := _stamp(path)) != self._listed:
+                self._listed = stamp
+                try:
+                    self._revoked = serials(path, self._material)
+                except CertificateInvalid as error:
+                    self._log.warning("list of revoked certificates not used, the one before goes on", error=str(error))
+            return self._revoked
 
     # ---- servers ----
 

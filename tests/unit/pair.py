@@ -27,6 +27,11 @@ from migrator.coordinator.cluster import Cluster
 from migrator.coordinator.service import serve
 from migrator.coordinator.sqlite import SqliteJournal
 from migrator.lifecycle.machine import Guest, Role
+from migrator.security import authority, identity
+from migrator.security.authority import Authority
+from migrator.security.identity import Identity
+from migrator.security.settings import Tls, folder
+from migrator.security.transport import Transport
 
 VM = "6f0c4d2e-7a55-4c0e-9d5e-3f2b8a1c0d01"
 MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
@@ -172,6 +177,7 @@ class World:
     guests: str = ""  # "none": no hypervisor at all
     ports: dict[str, int] = field(default_factory=dict)
     server: Any = None  # the coordinator's
+    authority: Authority | None = None  # of those who speak TLS
 
     async def outage(self) -> None:
         """The coordinator goes; `recover` has it back at its address, with its journal."""
@@ -182,8 +188,17 @@ class World:
         self.cluster = Cluster(self.cluster.store.journal)
         self.cluster.start()
         self.stack.callback(self.cluster.stop)
-        self.server, _ = await serve(self.cluster, [self.address])
+        self.server, _ = await serve(self.cluster, [self.address], Transport(self.tls("coordinator", "c")))
         self.stack.push_async_callback(self.server.stop, 0.1)
+
+    def tls(self, role: str, name: str) -> Tls:
+        """The certificate of an agent, an operator …, made at the first call."""
+        place = self.directory / "tls" / f"{role}-{name}"
+        if self.authority is None:
+            return Tls()
+        if not place.exists():
+            self.authority.issue(Identity(identity.Role(role), name), place)
+        return folder(place)
 
     async def agent(self, host: str) -> Agent:
         config = AgentConfig.model_validate(
@@ -198,6 +213,7 @@ class World:
                 "driver": {"name": "dummy", "fabric": self.name, "underlay": f"10.0.0.{1 + HOSTS.index(host)}"},
                 "guests": {"driver": "none"},
                 "migration": {"redirect_idle_s": 0.1, "step_s": 2.0, "settle_s": 5.0, **self.settings},
+                "tls": self.tls("agent", host),
             }
         )
         side = None if self.guests == "none" else self.hypervisor.side(host)
@@ -294,7 +310,9 @@ async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> N
 
 
 @asynccontextmanager
-async def world(directory: Path, *hosts: str, guests: str = "", **settings: Any) -> AsyncIterator[World]:
+async def world(
+    directory: Path, *hosts: str, guests: str = "", tls: bool = False, **settings: Any
+) -> AsyncIterator[World]:
     """A coordinator and agents of these hosts, with the VM's ports at the first one."""
     async with AsyncExitStack() as stack:
         journal = SqliteJournal(directory / "journal.sqlite")
@@ -302,10 +320,11 @@ async def world(directory: Path, *hosts: str, guests: str = "", **settings: Any)
         cluster = Cluster(journal)
         cluster.start()
         stack.callback(cluster.stop)
-        server, port = await serve(cluster, ["127.0.0.1:0"])
-        stack.push_async_callback(server.stop, 0.1)
-        made = World(directory, str(directory), cluster, f"127.0.0.1:{port}", stack, settings=settings, guests=guests)
-        made.server = server
+        made = World(directory, str(directory), cluster, "", stack, settings=settings, guests=guests)
+        made.authority = authority.create(directory / "pki") if tls else None
+        made.server, port = await serve(cluster, ["127.0.0.1:0"], Transport(made.tls("coordinator", "c")))
+        stack.push_async_callback(made.server.stop, 0.1)
+        made.address = f"127.0.0.1:{port}"
         stack.callback(lambda: fabric(made.name).switches.clear())
 
         async def stop_all() -> None:

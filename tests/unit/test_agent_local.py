@@ -50,7 +50,7 @@ def test_status_and_ports(tmp_path: Path) -> None:
         ]
         assert [p.connections for p in ports] == [3, 3]
         assert ports[0].guest == "running"
-        assert (tmp_path / "a.sock").stat().st_mode & 0o777 == 0o660
+        assert (tmp_path / "a.sock").stat().st_mode & 0o777 == 0o600
 
     scenario(tmp_path, test)
 
