@@ -96,6 +96,22 @@ def test_rules_go_by_id(host: Host) -> None:
     assert [rule["id"] for rule in table.records or ()] == [2]
 
 
+def test_hits_of_a_rule_go_with_it(host: Host) -> None:
+    """Also those that it had on hosts before: else each change of a policy would leave some behind for ever."""
+    server = host.guest("10.0.0.1", [{"direction": "to", "protocol": "tcp", "ports": [[7000, 7000]]}])
+    client = host.guest("10.0.0.2", [{"direction": "from", "protocol": "tcp", "ports": [[7000, 7001]]}])
+    talk(server, client)
+    counted = Table("acl", Op.ACCOUNT, records=[{"id": 1, "hits": 10, "hit_bytes": 1000}])
+    host.run(lambda: host.driver.load(server.ref, counted))
+    before = host.run(lambda: host.driver.remains()["hits"])
+    host.run(lambda: host.driver.load(server.ref, Table("acl", Op.DELETE, records=[{"id": 1}])))
+    gone = set(before) - set(host.run(lambda: host.driver.remains().get("hits", ())))
+    assert [name.rpartition(" ")[2] for name in gone] == ["1"]
+    host.run(lambda: host.driver.quiesce(server.ref))
+    accounts = [t for t in host.run(lambda: list(host.driver.settle(server.ref))) if t.kind == "acl"]
+    assert 1 not in {record["id"] for table in accounts for record in table.records or ()}
+
+
 def test_second_mac_behind_a_port_is_learned_and_dumped(host: Host) -> None:
     guest = host.guest("10.0.0.1", antispoof=False)
     frame = bytes.fromhex("ffffffffffff0200000000aa0806") + bytes(46)

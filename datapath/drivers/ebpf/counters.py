@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,12 @@ class Counters:
         """Accounting records of kind `acl`."""
         hits = sorted(self.hits(instance).items())
         return [{"id": rule, "hits": packets, "hit_bytes": amount} for rule, (packets, amount) in hits]
+
+    def forget_hits(self, slot: int, rules: Iterable[int]) -> None:
+        """Of rules that a port has no more: the map is one for all ports, and must not fill with what nobody reads."""
+        keys = self._kernel.rule_hits.keys()
+        mine = (keys["slot"] == slot) & np.isin(keys["rule"], list(rules))
+        self._kernel.rule_hits.delete_many(np.ascontiguousarray(keys[mine], HITS_KEY))
 
     def _delete_hits(self, slot: int) -> None:
         keys = self._kernel.rule_hits.keys()

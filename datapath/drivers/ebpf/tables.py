@@ -122,6 +122,9 @@ class Tables:
         elif table.op is Op.DELETE:
             gone = {record["id"] for record in records}
             self._staging.set_rules(instance, [rule for rule in instance.entry.rules if rule["id"] not in gone])
+            self._counters.forget_hits(instance.slot, gone)
+            carried = instance.entry.carried.get("hits", {})
+            self._carry(instance, "hits", {rule: amounts for rule, amounts in carried.items() if int(rule) not in gone})
         self._carry_hits(instance, table.op, records)
         return Loaded(len(records))
 
