@@ -180,17 +180,17 @@ class Checks:
             raise Wrong(f"{group.name}: {answer} although the policy allows them")
         client.call("flow", group=group.name, every_ms=300, size=100)
         self.open[group.name] = [int(port) for port in self._verdicts([group])[group.name]]
-        self.former |= set(self._keys(group))
+        self.former |= set(self.keys(group))
         self._owe(_as_try(group), group.count)
         self.totals["connections opened"] += group.count
 
     def _drop(self, group: Group) -> None:
         self.lab.talkers[group.client].call("drop", group=group.name)
-        for key in self._keys(group):
+        for key in self.keys(group):
             self.ids.pop(key, None)
         del self.open[group.name]
 
-    def _keys(self, group: Group) -> Iterator[tuple[str, Key]]:
+    def keys(self, group: Group) -> Iterator[tuple[str, Key]]:
         """Of a group's connections, at both VMs."""
         here = MACHINES[group.client].address(group.network, six=group.six)
         there = MACHINES[group.server].address(group.network, six=group.six)
@@ -200,7 +200,7 @@ class Checks:
 
     def _tables(self) -> None:
         """Every connection that lives is in the tables of its VMs, under the id that it had; and no unknown one is."""
-        living = {key for group in GROUPS if group.name in self.open for key in self._keys(group)}
+        living = {key for group in GROUPS if group.name in self.open for key in self.keys(group)}
         for vm in VMS:
             rows = oracle.connections(self.cluster, self.model.places[vm], self.lab.by_name[vm])
             found = {(vm, (r.local, r.local_port, r.remote, r.remote_port)): r for r in rows if r.protocol == TCP}

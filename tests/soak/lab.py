@@ -143,9 +143,11 @@ class SoakLab(World):
         """What daemons wrote until now is no complaint."""
         self.marks = {daemon.name: daemon.log.stat().st_size for daemon in self._daemons()}
 
-    def tails(self, lines: int = 40) -> Iterable[str]:
+    def tails(self, lines: int = 20, columns: int = 400) -> Iterable[str]:
+        """The end of each daemon's log, long lines cut."""
         for daemon in self._daemons():
-            yield f"==== {daemon.name}\n{daemon.tail(lines)}"
+            yield f"==== {daemon.name}, {daemon.log}"
+            yield from (line[:columns] for line in daemon.tail(lines).splitlines())
 
 
 def _policy(vm: str, which: str) -> str:

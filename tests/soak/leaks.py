@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.soak.lab import SoakLab
 from tests.soak.reference import Model
-from tests.soak.scene import CONTROL, HOSTS, MACHINES
+from tests.soak.scene import CONTROL, HOSTS, MACHINES, VMS
 
 SETTLED = 8  # looks at a process before its memory is taken as what it needs
 GROWTH_KB = 32 << 10
 GROWTH_FDS = 24  # a port takes about eight, and a host may have more of them than at the first look
 FDS_A_PORT = 10
+SLACK_HITS = 6  # a packet that was being judged while its rule was withdrawn counts once more
+OPEN_RULES = 2  # of the policy that lets all through
 
 
 @dataclass
@@ -57,6 +60,33 @@ class Leaks:
             process.first_kb = max(process.first_kb, process.now_kb)
         process.first_fds = process.first_fds or process.now_fds
         return process
+
+    def left(self) -> list[str]:
+        """What hosts' switches hold beyond the ports of the machines that are there."""
+        return [f"{host}: {problem}" for host in HOSTS for problem in self._left(host)]
+
+    def _left(self, host: str) -> Iterator[str]:
+        remains = self.lab.cluster.remains(host)
+        there = [name for name, place in self.model.places.items() if place == host]
+        ports = [nic for name in there for nic in MACHINES[name].nics]
+        macs = sorted(name.split()[2] for name in remains.get("ports", []))
+        if macs != sorted(nic.mac for nic in ports):
+            yield f"ports {remains.get('ports')}"
+        if remains.get("dirty sets"):
+            yield f"dirty sets {remains['dirty sets']}"
+        if len(remains.get("channels", [])) > len(ports):  # a port keeps the one by which it came
+            yield f"channels {remains['channels']} of {len(ports)} ports"
+        if len(remains.get("tables", [])) != len(ports):
+            yield f"tables {remains.get('tables')} of {len(ports)} ports"
+        hits, most = remains.get("hits", []), sum(self._rules(name) * len(MACHINES[name].nics) for name in there)
+        if len(hits) > most + SLACK_HITS:
+            yield f"{len(hits)} counters of {most} rules: {hits}"
+        if kept := list((self.lab.cluster.directory / host / "state" / "migrations").iterdir()):
+            yield f"files of migrations: {[path.name for path in kept]}"
+
+    def _rules(self, name: str) -> int:
+        """With the default drop."""
+        return 1 + (max(len(self.model.config.applied(name)), OPEN_RULES) if name in VMS else OPEN_RULES)
 
     def _ports(self, host: str) -> int:
         return sum(len(MACHINES[name].nics) for name, place in self.model.places.items() if place == host)

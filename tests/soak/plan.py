@@ -124,17 +124,17 @@ def rules(rng: Random) -> tuple[Rule, ...]:
         for protocol, ports in (("tcp", TCP_PORTS), ("udp", UDP_PORTS), ("udp", (ASK_PORT, ASK_PORT))):
             dice = rng.random()
             remote: tuple[str, ...] = ()
-            if dice < 0.12:
+            if dice < 0.15:
                 ports = (rng.choice(ports),) * 2
-            elif dice < 0.26:
+            elif dice < 0.35:
                 remote = _remote(rng)
-            if dice < 0.94:
+            if dice < 0.9:
                 made.append(Rule(way, 0, protocol, remote, (ports[0], ports[1]), "allow"))
     return tuple(Rule(r.direction, 10 * (n + 1), r.protocol, r.remote, r.ports, r.action) for n, r in enumerate(made))
 
 
 def _refused(rng: Random, way: str) -> Iterator[Rule]:
-    if rng.random() < 0.2:
+    if rng.random() < 0.3:
         protocol, ports = rng.choice((("tcp", TCP_PORTS), ("udp", (UDP_PORTS[0], ASK_PORT))))
         yield Rule(way, 0, protocol, _remote(rng), (ports[0], ports[1]), rng.choice(("drop", "reject")))
 
@@ -292,8 +292,8 @@ KINDS: list[tuple[str, int, Callable[[Random], Iterator[Act]]]] = [
     ("a hypervisor that will not", 5, _hypervisor),
     ("a guest that stops by itself", 4, _following),
     ("an order that is refused", 3, _wrong),
-    ("changes of the policy", 8, _changes),
-    ("changes while VMs move", 8, _changes_moving),
+    ("changes of the policy", 12, _changes),
+    ("changes while VMs move", 12, _changes_moving),
     ("a visitor", 3, _visit),
     ("a port removed and added", 3, _replug),
     ("a restore from a file", 3, _restore),

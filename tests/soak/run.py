@@ -21,11 +21,13 @@ from tests.soak.actions import Actions, Wrong
 from tests.soak.checks import Checks
 from tests.soak.lab import MIGRATION, NETWORKS, SoakLab
 from tests.soak.leaks import Leaks
+from tests.soak.operator import look
 from tests.soak.plan import Step, steps
 from tests.soak.reference import Model
 
 KEPT = 30  # steps that a failure shows
 LEAKS_EVERY = 10
+OPERATOR_EVERY = 8
 
 
 class Soak:
@@ -53,8 +55,8 @@ class Soak:
         self.model.begin(step)
         lanes = self.actions.begin(step)
         try:
-            if self.model.plain and len(self.model.versions) == 1:  # whatever moves, newcomers must not notice
-                self.checks.tries(step.tries)
+            while self.model.plain and len(self.model.versions) == 1 and not all(lane.done() for lane in lanes):
+                self.checks.tries(step.tries)  # whatever moves, newcomers must not notice
         finally:
             self.actions.finish(lanes)
         self._look()
@@ -70,7 +72,9 @@ class Soak:
         self.checks.tries(self.model.step.tries)
         self.checks.flows()
         self.checks.counters()
-        grown = self.leaks.look()
+        if self.model.step.number % OPERATOR_EVERY == 1:
+            look(self.lab, self.model, self.checks)
+        grown = self.leaks.look() + self.leaks.left()
         complaints = self.lab.complaints() if self.model.plain else []
         if grown or complaints:
             raise Wrong("\n".join([*grown, *complaints]))
