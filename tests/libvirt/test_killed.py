@@ -26,8 +26,8 @@ HOOKS = {"h1": ("stopped", "release"), "h2": ("migrate", "prepare", "start", "st
 DAEMONS = ("h1", "h2", "coordinator")
 ELSEWHERE = {  # phases that a move does not come to when nothing goes wrong
     "source": {"drained", "aborting", "aborted", "released"},
-    "destination": {"staging", "fenced", "waiting", "settled", "aborted"},
-    "coordinator": {"describing", "closed", "aborting", "aborted", "in-doubt"},
+    "destination": {"fenced", "waiting", "settled", "aborted"},
+    "coordinator": {"closed", "aborting", "aborted", "in-doubt"},
 }
 PHASES = [f"{role}.{phase}" for role in faults.PHASES for phase in faults.PHASES[role] if phase not in ELSEWHERE[role]]
 AT_THE_PAUSE = ("source.suspending", "source.draining", "source.final", "source.redirecting", "source.settling")

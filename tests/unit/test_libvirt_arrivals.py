@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from migrator._pb import migrator_pb2 as pb
+from migrator.agent.libvirt import arrivals
 from migrator.agent.libvirt.arrivals import Arrivals
 from migrator.agent.libvirt.domain import Domain
 from migrator.agent.libvirt.hooksocket import HookSocket, Reply, Request
@@ -271,6 +272,23 @@ def test_prepare_fails_at_once_when_the_source_is_lost() -> None:
         async with asyncio.timeout(DEADLINE_S):
             with pytest.raises(PeerLost, match="the agent of h1 was lost during the first copy"):
                 await waiting
+        assert bench.taps.made == set()
+        await bench.arrivals.stop()
+
+    run(work)
+
+
+@pytest.mark.parametrize("lost", [None, PeerLost("no coordinator")])
+def test_prepare_fails_when_the_source_never_begins(lost: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its agent died before it connected, or the coordinator before it told it."""
+    monkeypatch.setattr(arrivals, "BEGUN_S", 0.3)
+
+    async def work() -> None:
+        bench = Bench([report("pre-copy"), lost], [PeerLost("no coordinator")], copy_s=DEADLINE_S * 3)
+        await bench.hook("migrate")
+        bench.side.phase = "staged"
+        with pytest.raises(PeerLost, match="has not begun to copy"):
+            await bench.hook("prepare")
         assert bench.taps.made == set()
         await bench.arrivals.stop()
 

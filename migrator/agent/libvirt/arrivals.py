@@ -1,8 +1,9 @@
 """VMs on their way to this host by libvirt's own doing, as its hook tells of them.
 
 The source goes on running while a hook waits here, so this is where there is time: `begin` answers when the ports are
-staged and the source has started to copy, `copied` when the first full copy is here and rounds have become small. What
-follows needs no hook: the two agents and libvirt's events finish it.
+staged and the source has started to copy, `copied` when the first full copy is here and rounds have become small, and
+either fails when the source is lost: its guest has not begun to move. What follows needs no hook: the two agents and
+libvirt's events finish it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ WAITING = frozenset({Phase.STAGING, Phase.STAGED, Phase.LOADING, Phase.COMMITTIN
 ENDING_S = 10.0
 ENDING_POLL_S = 0.1
 LOST_POLL_S = 0.2
+BEGUN_S = 10.0
+"""From the order to the source to its first word here; its probes of the path are over before."""
 
 
 class Arrival:
@@ -62,6 +65,11 @@ class Arrival:
     @property
     def failed(self) -> bool:
         return self.report.outcome in {"aborted", "refused"} or (self.over and not self.report.phase)
+
+    @property
+    def undone(self) -> bool:
+        """It failed, and not only whoever told of it."""
+        return self.failed and not isinstance(self.error, PeerLost)
 
     def has(self, phases: frozenset[str]) -> bool:
         return not self.failed and self.report.phase in phases
@@ -142,6 +150,7 @@ class Arrivals:
         if arrival is None or arrival.over:
             arrival = self._follow(vm)  # this agent was started after the migration had begun
         began = time.monotonic()
+        await self._begun(arrival)
         if await self._copied_or_lost(arrival):
             self._log.info("first copy", vm=vm, waited_ms=round((time.monotonic() - began) * 1e3, 1))
             return ""
@@ -150,11 +159,22 @@ class Arrivals:
                 f"VM {vm}: the agent of {arrival.report.source or 'its host'} was lost during the first copy",
                 hint="the VM goes on where it is; migrate again when that agent is back",
             )
-        if arrival.failed and not isinstance(arrival.error, PeerLost):
+        if arrival.undone:
             raise arrival.refusal()
         if arrival.over:
             return "the coordinator was lost: not known whether the first copy is complete"
         return f"the first copy of the network state was not complete after {self._copy_s:g} s; the guest goes on"
+
+    async def _begun(self, arrival: Arrival) -> None:
+        """Wait until the source has said something. Raises PeerLost: it may never have been told to."""
+        deadline = time.monotonic() + BEGUN_S
+        while self._side.arriving(arrival.vm) == Phase.STAGED and not arrival.undone:
+            if time.monotonic() >= deadline:
+                raise PeerLost(
+                    f"VM {arrival.vm}: the agent of {arrival.report.source or 'its host'} has not begun to copy",
+                    hint="the VM goes on where it is; are that agent and the coordinator running?",
+                )
+            await asyncio.sleep(LOST_POLL_S)
 
     async def _copied_or_lost(self, arrival: Arrival) -> bool:
         """Wait for the first copy, no longer than `copy_s` and not when nothing more will come; is it here?"""
