@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import configparser
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,29 +15,25 @@ from pathlib import Path
 import pytest
 
 from migrator._pb import migrator_pb2 as pb
-from migrator.lab.processes import Daemon
+from migrator.lab.processes import Daemon, wait_until
 
+from .sandbox import Unit, allowed
 from .standing import StandingCluster
 from .traffic import Conversations
 from .world import NETWORKS, POLICIES, World
 
-UNITS = Path(__file__).resolve().parents[2] / "hooks" / "systemd"
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = ROOT / "hooks" / "systemd"
+SECURITY = ROOT / "docs" / "security.md"
+SANDBOX = Path(__file__).with_name("sandbox.py")
 NAMES = sorted(unit.name for unit in UNITS.glob("*.service"))
 WAIT_S = 15.0
+NOBODY = 65534
 AGENT, COORDINATOR = "migrator-agent.service", "migrator-coordinator.service"
 
 
-class Unit(configparser.RawConfigParser):
-    """A unit's settings; names as they stand there."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(strict=False, interpolation=None)
-        self.optionxform = str  # type: ignore[assignment, method-assign]
-        self.read_string((UNITS / name).read_text())
-
-    def capabilities(self) -> list[str]:
-        """The bounding set, as setpriv names them."""
-        return [word.removeprefix("CAP_").lower() for word in self["Service"]["CapabilityBoundingSet"].split()]
+def unit_of(name: str) -> Unit:
+    return Unit(UNITS / name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,21 +47,44 @@ def test_systemd_understands_the_unit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_score_of_the_unit_is_the_documented_one(name: str) -> None:
+    """Of systemd 252, as Debian 12 has it; others add checks."""
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("needs systemd-analyze")
+    command = ["systemd-analyze", "security", "--offline=true", str(UNITS / name)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    score = re.search(rf"Overall exposure level for {re.escape(name)}: (\S+)", ran.stdout)
+    assert score, ran.stdout
+    (told,) = re.findall(rf"^\| `{re.escape(name)}` \| (\S+) \|", SECURITY.read_text(), re.MULTILINE)
+    version = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    if version.split()[1] == "252":
+        assert score[1] == told
+    else:
+        assert abs(float(score[1]) - float(told)) < 1.0, version
+
+
+@pytest.mark.parametrize("call", ["mount", "setuid", "ptrace", "kexec_load", "init_module", "chroot"])
+def test_a_unit_leaves_no_call_that_its_daemon_does_not_need(call: str) -> None:
+    for name in NAMES:
+        assert call not in allowed(unit_of(name)), name
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_systemd_is_told_when_it_serves(name: str) -> None:
     """libvirtd starts when the agent's start is over, and its first VM's hook has to find it."""
-    unit = Unit(name)
+    unit = unit_of(name)
     assert unit["Service"]["Type"] == "notify"
     assert "libvirtd.service" in unit["Unit"].get("Before", "") or name == COORDINATOR
 
 
 class BoundedCluster(StandingCluster):
-    """Daemons that have no more capabilities than their units give them, and tell when they serve."""
+    """Daemons that may do no more than their units allow, and tell when they serve."""
 
     def _daemon(self, name: str, namespace: str, arguments: Sequence[str]) -> Daemon:
         daemon = super()._daemon(name, namespace, arguments)
-        given = Unit(AGENT if name.startswith("agent") else COORDINATOR).capabilities()
-        bounds = ",".join(["-all", *(f"+{word}" for word in given)])
-        daemon.command = ["setpriv", "--inh-caps=-all", f"--bounding-set={bounds}", *daemon.command]
+        unit = UNITS / (AGENT if name.startswith("agent") else COORDINATOR)
+        writable = ["--write", str(self.directory)]
+        daemon.command = [sys.executable, str(SANDBOX), str(unit), *writable, "--", *daemon.command]
         return daemon
 
 
@@ -80,8 +99,9 @@ def test_what_the_units_allow_is_enough(bounded: BoundedCluster) -> None:
     for daemon in (*bounded.agents.values(), bounded.coordinator):
         status = Path(f"/proc/{daemon.pid}/status").read_text()
         held = int(status.partition("CapBnd:")[2].split()[0], 16)
-        unit = Unit(AGENT if daemon.name.startswith("agent") else COORDINATOR)
-        assert held.bit_count() == len(unit.capabilities()), status
+        unit = unit_of(AGENT if daemon.name.startswith("agent") else COORDINATOR)
+        assert held.bit_count() == len(unit.words("CapabilityBoundingSet")), status
+        assert "Seccomp:\t2" in status and "NoNewPrivs:\t1" in status, status
     with bounded.scope():
         world = World(bounded)
         vm, peer = world.vm("h1"), world.peer("h3")
@@ -144,3 +164,24 @@ def test_a_process_tells_that_it_serves(tmp_path: Path, command: Callable[[Path]
         finally:
             process.terminate()
             assert process.wait(WAIT_S) == 0
+
+
+def test_the_coordinator_serves_as_a_user_without_rights() -> None:
+    """As DynamicUser makes one: it owns its state directory, and has no capability."""
+    directory = Path(f"/run/units-{os.getpid()}")
+    directory.mkdir(mode=0o700)
+    os.chown(directory, NOBODY, NOBODY)
+    command = [sys.executable, "-m", "migrator.cli.main", *coordinator(directory)]
+    given = {"user": NOBODY, "group": NOBODY, "extra_groups": [], "cwd": ROOT}
+    process = subprocess.Popen(command, **given, stderr=subprocess.PIPE, text=True)  # type: ignore[call-overload]
+    try:
+        wait_until("it serves", lambda: (directory / "c.sock").exists() or process.poll() is not None, WAIT_S * 4)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        assert int(status.partition("CapEff:")[2].split()[0], 16) == 0
+        found = [path.stat().st_uid for path in (directory / "state").iterdir()]
+        assert found and set(found) == {NOBODY}
+    finally:
+        process.terminate()
+        said = process.communicate(timeout=WAIT_S)[1]
+        shutil.rmtree(directory)
+    assert process.returncode == 0, said
