@@ -158,6 +158,10 @@ class Driver(abc.ABC):
     def kinds(self) -> Mapping[str, int]:
         """Kinds this driver can hold, with the newest version of each."""
 
+    def layout(self) -> str:
+        """Names the layouts of this driver's tables on the host, "" when they have no life of their own."""
+        return ""
+
     # ---- configuration of the host ----
 
     @abc.abstractmethod

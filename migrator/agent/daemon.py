@@ -13,6 +13,7 @@ import structlog
 from datapath.errors import Error, FeatureMissing
 from datapath.provider import Driver, Event, PortState
 from datapath.registry import driver as driver_class
+from migrator import protocol
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent import metrics
@@ -198,6 +199,8 @@ class Agent:
             peer=self.peer,
             instances=[self.instance(status) for status in statuses],
             guests={vm: str(state) for vm, state in self.guests.states().items() if state is not Guest.GONE},
+            protocol=protocol.spoken(),
+            layout=self.driver.layout(),
         )
 
     def instance(self, status: Any) -> pb.Instance:
@@ -225,6 +228,8 @@ class Agent:
         handler = self._orders().get(which)
         if handler is None or body is None:
             self._log.warning("order not understood", order=which)
+            hint = "upgrade the agent: docs/upgrades.md"
+            self._reply(message.request, "NotReady", f"the agent of {self.host} does not know this order", hint)
             return
         self._go(self._carry_out(message.request, which, handler, body))
         await asyncio.sleep(0)
@@ -298,6 +303,8 @@ class Agent:
         self._reply(request, need=await self.ends.describe(order.vm))
 
     async def _prepare(self, request: int, order: pb.PrepareDestination) -> None:
+        protocol.require(order.protocol)
+
         def answer(why: str) -> None:
             self._reply(request, *(("PreflightFailed", why) if why else ()))
 
@@ -305,6 +312,7 @@ class Agent:
         self.ends.prepare(order, answer)
 
     async def _start(self, request: int, order: pb.StartSource) -> None:
+        protocol.require(order.protocol)
         await self.ends.guard(order, Role.SOURCE)
         self.ends.start(order)
         self._reply(request)

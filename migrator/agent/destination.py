@@ -46,7 +46,7 @@ class DestinationEnd(End):
         self, around: Surroundings, order: pb.PrepareDestination, state: machine.State, answer: Callable[[str], None]
     ) -> None:
         report = Report(order.migration, order.vm, order.epoch, order.source, around.host)
-        self.need = orders.need_of(order.need)
+        self.need = orders.need_of(order.need, around.driver.kinds())
         refs = [PortRef(order.vm, str(record["mac"]), order.epoch) for record in self.need.records]
         self.order = order
         self.arrival = Arrival(around.driver, refs, report)

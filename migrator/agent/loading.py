@@ -46,7 +46,7 @@ class Arrival:
             raise Corrupt(f"a section for port {section.port}, which is not of this VM", field="port")
         self._tally.add_section(section)
         self._report.bytes += section.size
-        if section.table is None:
+        if section.table is None or section.kind not in self._driver.kinds():
             self._report.not_moved[f"{section.kind}: not known here"] += section.count
             return
         loaded = self._driver.load(ref, section.table)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from datapath.errors import PortNotFound, UnsupportedKind
 from datapath.provider import PortRef, PortState, PortStatus
+from migrator import protocol
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent.restoring import replace
@@ -87,6 +88,8 @@ class AgentService(rpc.AgentServicer):
             return pb.AgentStatus(
                 host=agent.host,
                 version=hello.version,
+                protocol=protocol.text(hello.protocol),
+                layout=hello.layout,
                 driver=agent.driver.name,
                 coordinator=agent.link.connected,
                 ports=len(statuses),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgpack
 
@@ -113,11 +113,15 @@ def need_message(need: Need, refs: list[PortRef]) -> pb.Need:
         rules_max=need.rules_max,
         connections=need.connections,
         epochs={ref.mac: ref.epoch for ref in refs},
+        optional=sorted(name for name in need.kinds if name in KINDS and not KINDS[name].required),
     )
 
 
-def need_of(message: pb.Need) -> Need:
-    """Raises Corrupt for records that are not a list of maps."""
+def need_of(message: pb.Need, held: Mapping[str, int]) -> Need:
+    """Without kinds that are optional and not `held` here: they are skipped and reported.
+
+    Raises Corrupt for records that are not a list of maps.
+    """
     if len(message.records) > RECORDS_BYTES:
         raise Corrupt(f"records of the ports have {len(message.records)} bytes", field="need.records")
     try:
@@ -126,7 +130,9 @@ def need_of(message: pb.Need) -> Need:
         raise Corrupt(f"records of the ports: {error}", field="need.records") from error
     if not isinstance(records, list) or not all(isinstance(r, dict) and isinstance(r.get("mac"), str) for r in records):
         raise Corrupt("records of the ports are not a list of maps with a MAC", field="need.records")
-    return Need(dict(message.kinds), records, message.rules_max, message.connections)
+    skipped = {name for name in message.optional if message.kinds[name] > held.get(name, 0)}
+    kinds = {name: version for name, version in message.kinds.items() if name not in skipped}
+    return Need(kinds, records, message.rules_max, message.connections)
 
 
 def port_channel(channel: int, macs: Iterable[str], mac: str) -> int:

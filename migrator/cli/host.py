@@ -24,19 +24,23 @@ host.add_command(drain)
 @host.command("list")
 @pass_context
 def list_(context: Context) -> None:
-    """All hosts, with their driver, ports and what they have acknowledged."""
+    """All hosts, with their versions, driver, ports and what they have acknowledged."""
     hosts = context.coordinator.Hosts(pb.Empty()).hosts
     if context.json:
         print_json([plain(item) for item in hosts])
         return
-    columns = ("HOST", "STATE", "DRIVER", "PORTS", "UNDERLAY", "PEER", "PLACES", "LAST SEEN")
+    columns = (
+        *("HOST", "STATE", "VERSION", "PROTOCOL", "LAYOUT", "DRIVER"),
+        *("PORTS", "UNDERLAY", "PEER", "PLACES", "LAST SEEN"),
+    )
     print_table(columns, [_row(item) for item in hosts])
 
 
 def _row(item: pb.Host) -> tuple[object, ...]:
     state = "connected" if item.connected else "gone"
     seen = "now" if item.connected else f"{time.time() - item.last_seen_s:.0f} s ago" if item.last_seen_s else ""
-    return item.name, state, item.driver, item.ports, item.underlay, item.peer, item.place_revision, seen
+    versions = item.version, item.protocol, item.layout
+    return item.name, state, *versions, item.driver, item.ports, item.underlay, item.peer, item.place_revision, seen
 
 
 @host.command("remove")

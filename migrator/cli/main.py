@@ -38,6 +38,7 @@ COMMANDS = {
     "diff": ("snapshot", "diff"),
     "libvirt": ("libvirt", "libvirt"),
     "pki": ("pki", "pki"),
+    "version": ("version", "version"),
     "demo": ("demo", "demo"),
     "completion": ("completion", "completion"),
 }

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import structlog
 from prometheus_client import Gauge
 
-from migrator import config
+from migrator import config, protocol
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.change import Planned, plan_apply, plan_removal
 from migrator.coordinator.declare import Declarations, refuse_foreign, refuse_foreign_removal
@@ -139,8 +139,9 @@ class Cluster:
     def _host_write(self, name: str, *, hello: pb.Hello | None = None, connected: bool = True) -> Write:
         host = pb.Host()
         if hello is not None:
-            for field in ("underlay", "peer", "driver", "version"):
+            for field in ("underlay", "peer", "driver", "version", "layout"):
                 setattr(host, field, getattr(hello, field))
+            host.protocol = protocol.text(hello.protocol)
             host.kinds.update(hello.kinds)
         else:
             host.CopyFrom(self.store.catalog.hosts[name])

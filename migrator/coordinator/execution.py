@@ -228,7 +228,8 @@ class Execution:
                 raise PeerLost(f"agent of {host} is not connected")
             timeout_s = self.deadlines.of(run.machine.phase, run.agreed.timeout_s) or self.deadlines.start_s
             peer = self._store.catalog.hosts[run.agreed.destination].peer
-            body = orders.body(order, run, self._store.catalog, peer)
+            speaking = orders.spoken(run, self._roster)
+            body = orders.body(order, run, self._store.catalog, peer, speaking)
             described_at = self._store.revision
             reply = await session.request(timeout_s, **body)
             event = self._answered(run, order, reply, described_at)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf import json_format
 
+from migrator import protocol
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.catalog import Catalog, device_at
 from migrator.coordinator.roster import Roster
@@ -25,6 +27,7 @@ def preflight(catalog: Catalog, roster: Roster, vm: str, request: pb.MigrateRequ
     """Refuse what needs no question to an agent. Raises PreflightFailed with every reason."""
     source, to = catalog.host_of(vm), request.to
     reasons = [f"the agent of {host} is not connected" for host in (source, to) if roster.get(host) is None]
+    reasons += _strangers(roster, source, to)
     if source == to:
         reasons = [f"it is at {to} already"]
     missing = [port.mac for port in catalog.ports_of(vm) if not device_at(port, to)]
@@ -36,13 +39,33 @@ def preflight(catalog: Catalog, roster: Roster, vm: str, request: pb.MigrateRequ
         raise PreflightFailed(f"VM {vm} cannot be moved to {to}", reasons=reasons, hint=f"hosts connected: {known}")
 
 
-def body(order: machine.Order, run: Running, catalog: Catalog, peer: str) -> dict[str, Any]:
-    """The order's field of ToAgent."""
+def _strangers(roster: Roster, source: str, to: str) -> Iterator[str]:
+    """Agents that have no protocol in common with each other, or with this coordinator."""
+    told = {host: session.hello.protocol for host in (source, to) if (session := roster.get(host)) is not None}
+    told["the coordinator"] = protocol.spoken()
+    for (one, first), (other, second) in itertools.combinations(told.items(), 2):
+        if protocol.common(first, second) is None:
+            yield f"{one} speaks protocol {protocol.text(first)}, {other} speaks {protocol.text(second)}"
+
+
+def spoken(run: Running, roster: Roster) -> pb.Protocol:
+    """What both agents of a migration speak; the lowest of this version when one is away."""
+    agreed = protocol.spoken()
+    for host in (run.agreed.source, run.agreed.destination):
+        session = roster.get(host)
+        agreed = protocol.common(agreed, session.hello.protocol if session else pb.Protocol()) or agreed
+    return agreed
+
+
+def body(
+    order: machine.Order, run: Running, catalog: Catalog, peer: str, speaking: pb.Protocol | None = None
+) -> dict[str, Any]:
+    """The order's field of ToAgent. `speaking`: see `spoken`."""
     agreed = run.agreed
     if order is machine.Order.DESCRIBE:
         return {"describe": pb.Describe(vm=agreed.vm, leaving=agreed.ordered_elsewhere)}
     if order is machine.Order.PREPARE:
-        return {"prepare": _preparation(run, catalog)}
+        return {"prepare": _preparation(run, catalog, speaking)}
     start = pb.StartSource(
         migration=agreed.id,
         vm=agreed.vm,
@@ -58,11 +81,12 @@ def body(order: machine.Order, run: Running, catalog: Catalog, peer: str) -> dic
         token=bytes.fromhex(agreed.token),
         ordered_elsewhere=agreed.ordered_elsewhere,
         move=json_format.ParseDict(agreed.move, pb.MoveOptions(), ignore_unknown_fields=True),
+        protocol=speaking,
     )
     return {"start": start}
 
 
-def _preparation(run: Running, catalog: Catalog) -> pb.PrepareDestination:
+def _preparation(run: Running, catalog: Catalog, speaking: pb.Protocol | None) -> pb.PrepareDestination:
     agreed = run.agreed
     return pb.PrepareDestination(
         migration=agreed.id,
@@ -76,6 +100,7 @@ def _preparation(run: Running, catalog: Catalog) -> pb.PrepareDestination:
         dry_run=run.machine.dry_run,
         without_state=agreed.without_state,
         token=bytes.fromhex(agreed.token),
+        protocol=speaking,
     )
 
 

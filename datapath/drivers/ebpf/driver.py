@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from datapath import features
-from datapath.drivers.ebpf import admission, queues, status, tun
+from datapath.drivers.ebpf import admission, evolve, queues, status, tun
 from datapath.drivers.ebpf.hosts import host_record
 from datapath.drivers.ebpf.instances import Instance
-from datapath.drivers.ebpf.layout import C
+from datapath.drivers.ebpf.layout import STRUCTURES, C
 from datapath.drivers.ebpf.networks import require_empty
 from datapath.drivers.ebpf.options import Options
 from datapath.drivers.ebpf.remains import remains
@@ -68,6 +68,9 @@ class EbpfDriver(Driver):
 
     def kinds(self) -> Mapping[str, int]:
         return VERSIONS
+
+    def layout(self) -> str:
+        return evolve.digest(STRUCTURES)
 
     def _parts(self) -> Running:
         if self._running is None:
