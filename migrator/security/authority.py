@@ -88,17 +88,21 @@ class Authority:
     def revoke(self, certificate: x509.Certificate) -> Path:
         """Put it on the authority's list, which daemons read by [tls] revoked; returns the list's file."""
         path = self.directory / REVOKED
+        entries = list(x509.load_pem_x509_crl(path.read_bytes())) if path.exists() else []
+        if certificate.serial_number not in {entry.serial_number for entry in entries}:
+            new = x509.RevokedCertificateBuilder().serial_number(certificate.serial_number)
+            entries.append(new.revocation_date(datetime.now(UTC)).build())
+        self.write_list(entries)
+        return path
+
+    def write_list(self, entries: Sequence[x509.RevokedCertificate]) -> None:
+        """Sign and write the list of what is revoked. Raises CertificateInvalid."""
         now = datetime.now(UTC)
         builder = x509.CertificateRevocationListBuilder().issuer_name(self.certificate.subject)
         builder = builder.last_update(now).next_update(now + timedelta(days=AUTHORITY_DAYS))
-        old = list(x509.load_pem_x509_crl(path.read_bytes())) if path.exists() else []
-        for entry in old:
+        for entry in entries:
             builder = builder.add_revoked_certificate(entry)
-        if certificate.serial_number not in {entry.serial_number for entry in old}:
-            new = x509.RevokedCertificateBuilder().serial_number(certificate.serial_number).revocation_date(now)
-            builder = builder.add_revoked_certificate(new.build())
-        write(path, builder.sign(self._key, SHA256()).public_bytes(Encoding.PEM))
-        return path
+        write(self.directory / REVOKED, builder.sign(self._key, SHA256()).public_bytes(Encoding.PEM))
 
 
 def create(directory: Path, name: str = "vm-netstate-migrator", *, days: int = AUTHORITY_DAYS) -> Authority:
@@ -127,7 +131,9 @@ def create(directory: Path, name: str = "vm-netstate-migrator", *, days: int = A
     make_folder(directory)
     write(directory / KEY, _key_pem(key), secret=True)
     write(directory / CERTIFICATE, _pem(certificate))
-    return Authority(directory, certificate, key)
+    made = Authority(directory, certificate, key)
+    made.write_list([])
+    return made
 
 
 def load(directory: Path) -> Authority:

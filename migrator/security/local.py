@@ -27,7 +27,7 @@ from migrator.security.identity import Identity, Role
 CONNECTIONS = 256
 CHUNK_BYTES = 1 << 18
 SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h
-GROUPS_MAX = 1024
+GROUPS_BYTES = 1024  # more Python does not ask for: 256 groups
 _CREDENTIALS = struct.Struct("3i")  # struct ucred
 
 
@@ -77,8 +77,14 @@ class LocalSocket:
             new.rename(self._path)
         except OSError as error:
             listener.close()
-            raise ConfigInvalid(f"{self._key}: cannot listen on {self._path}: {error.strerror or error}") from None
+            raise ConfigInvalid(
+                f"{self._key}: cannot listen on {self._path}: {error.strerror or error}", hint=self._hint(error)
+            ) from None
         self._server = await asyncio.start_unix_server(self._connected, sock=listener)
+
+    def _hint(self, error: OSError) -> str:
+        needs = "the daemon has to be in its socket_group: SupplementaryGroups= in the unit"
+        return needs if isinstance(error, PermissionError) and self._group is not None else ""
 
     async def stop(self) -> None:
         """Takes its files away, if they were made."""
@@ -167,5 +173,8 @@ def _group(name: str, key: str) -> int | None:
 
 
 def _groups(peer: socket.socket) -> tuple[int, ...]:
-    raw = peer.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_MAX * 4)
+    try:
+        raw = peer.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_BYTES)
+    except OSError:  # it has more
+        return ()
     return struct.unpack(f"{len(raw) // 4}I", raw)

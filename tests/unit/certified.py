@@ -60,7 +60,7 @@ class Certified:
 
 
 @contextlib.asynccontextmanager
-async def certified(directory: Path, lifetime: timedelta = timedelta(days=1)) -> AsyncIterator[Certified]:
+async def certified(directory: Path, lifetime: timedelta = timedelta(days=1), **tls: Any) -> AsyncIterator[Certified]:
     """The coordinator's own certificate is in `coordinator-ctl` below the directory."""
     async with contextlib.AsyncExitStack() as stack:
         journal = SqliteJournal(directory / "journal.sqlite")
@@ -69,7 +69,8 @@ async def certified(directory: Path, lifetime: timedelta = timedelta(days=1)) ->
         cluster.start()
         stack.callback(cluster.stop)
         made = Certified(directory, authority.create(directory / "pki"), cluster)
-        own = Transport(made.tls("coordinator", "ctl", lifetime=lifetime), Role.COORDINATOR)
+        files = made.tls("coordinator", "ctl", lifetime=lifetime)
+        own = Transport(files.model_copy(update=tls), Role.COORDINATOR)
         server, made.port = await serve(cluster, ["127.0.0.1:0"], own)
         stack.push_async_callback(server.stop, 0.1)
         stack.push_async_callback(made.close)

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.coordinator.rpc import received
-from migrator.errors import PeerLost
+from migrator.errors import CertificateInvalid, PeerLost
 from migrator.security import authority
 from migrator.security.identity import Identity, Role
 from migrator.security.settings import Tls, folder
@@ -264,5 +264,35 @@ def test_a_server_whose_files_are_gone_goes_on_with_what_it_has(tmp_path: Path) 
             tls = it.tls("operator")
             shutil.rmtree(tmp_path / "coordinator-ctl")
             assert await welcome(it.channel(tls))
+
+    asyncio.run(scenario())
+
+
+def test_a_list_of_another_authority_is_not_taken(tmp_path: Path) -> None:
+    ca = authority.create(tmp_path / "pki")
+    ca.issue(OPERATOR, tmp_path / "out")
+    authority.create(tmp_path / "other")
+    for listed, says in (
+        ("other/revoked.crl", "signed by none"),
+        ("no.crl", "No such file"),
+        ("pki/ca.crt", "no list"),
+    ):
+        tls = folder(tmp_path / "out").model_copy(update={"revoked": tmp_path / listed})
+        with pytest.raises(CertificateInvalid, match=rf"tls\.revoked: .*{says}"):
+            Transport(tls)
+
+
+def test_a_certificate_that_was_revoked_counts_no_more(tmp_path: Path) -> None:
+    """From the next call on, over the connection that is there. The others go on."""
+
+    async def scenario() -> None:
+        async with certified(tmp_path, revoked=tmp_path / "pki" / "revoked.crl") as it:
+            gone, stays = it.stub("operator", "gone"), it.stub("operator", "stays")
+            for stub in (gone, stays):
+                await stub.Show(pb.Empty(), timeout=TIMEOUT_S)
+            it.authority.revoke(authority.stored(tmp_path / "operator-gone" / "tls.crt"))
+            error = await refusal(gone.Show(pb.Empty(), timeout=TIMEOUT_S))
+            assert error.code() is grpc.StatusCode.UNAUTHENTICATED and "was revoked" in (error.details() or "")
+            await stays.Show(pb.Empty(), timeout=TIMEOUT_S)
 
     asyncio.run(scenario())
