@@ -25,6 +25,7 @@ from migrator.agent.libvirt.hooksocket import HookSocket
 from migrator.agent.libvirt.saved import Saved
 from migrator.agent.libvirt.taps import make_tap
 from migrator.agent.store import Store
+from tests.unit.pair import world
 
 from .driver_lab import Host, hosts
 from .private import private_namespace
@@ -166,6 +167,15 @@ def test_the_hook_socket_serves_root_alone(directory: Path) -> None:
             return tried.stderr.strip()
         finally:
             await sock.stop()
+
+    assert asyncio.run(scenario()) == "refused"
+
+
+def test_the_agents_socket_serves_root_alone(directory: Path) -> None:
+    async def scenario() -> str:
+        async with world(directory, "a"):
+            tried = await asyncio.to_thread(as_nobody, CONNECT, directory / "a.sock")
+            return tried.stderr.strip()
 
     assert asyncio.run(scenario()) == "refused"
 
