@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from datapath.drivers.ebpf.layout import C
@@ -93,6 +94,25 @@ def test_invented_sources_keep_no_vm_from_coming(pair: list[Host]) -> None:
     other = near.guest("10.0.2.2", network="vlan")
     assert places(near, other) == ["port"]
     talk(vm, other)
+
+
+def test_a_table_that_is_full_of_places_is_said_and_floods(pair: list[Host], caplog: pytest.LogCaptureFixture) -> None:
+    """What no attacker can bring about, more VMs than the table has room for can."""
+    near, _ = pair
+    l2 = running(near).kernel.l2
+    vm = near.guest("10.0.5.1", network="vlan")
+    keys, entries = np.zeros(ROOM, l2.key), np.zeros(ROOM, l2.value)
+    keys["network"] = 63
+    keys["mac"][:, 4], keys["mac"][:, 5] = np.divmod(np.arange(ROOM), 256)
+    entries["flags"] = C.L2_F_LOCATION
+    try:
+        assert l2.load(keys, entries).refused
+        other = near.guest("10.0.5.2", network="vlan")
+        assert "the L2 table is full" in caplog.text
+        assert places(near, other) == []
+        talk(vm, other)
+    finally:
+        l2.delete_many(keys)
 
 
 def probe(nonce: int, size: int = 200) -> bytes:

@@ -8,6 +8,7 @@ redirect. (An entry that led back out of the host would drop them: split horizon
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
@@ -27,6 +28,8 @@ Key = tuple[int, bytes]
 """Network index, MAC."""
 Target = tuple[int, int]
 """kind (enum l2_kind), target."""
+
+_log = logging.getLogger(__name__)
 
 
 class Places:
@@ -115,8 +118,12 @@ class Places:
         return np.concatenate(found_keys), np.concatenate(found)
 
     def take(self, keys: NDArray[np.void], entries: NDArray[np.void]) -> None:
-        """These MACs are here from now on: one map write each."""
-        self._l2.load(keys, entries)
+        """These MACs are here from now on: one map write each. What finds no room is reached by floods."""
+        refused = self._l2.load(keys, entries).refused
+        if refused:
+            _log.error(
+                "the L2 table is full, %d of %d places were not written: raise option l2", len(refused), len(keys)
+            )
         self.forget_waiting([(int(k["network"]), bytes(k["mac"])) for k in keys])
 
     def leave(self, slot: int) -> None:
