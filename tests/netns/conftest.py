@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from .driver_lab import shelf
 from .world import ClusterBox, World
 
 
@@ -25,6 +26,13 @@ def cluster_box() -> Iterator[ClusterBox]:
     box = ClusterBox()
     yield box
     box.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hosts_of_drivers() -> Iterator[None]:
+    """What stands ready between tests ends with the session."""
+    yield
+    shelf.close()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,11 +20,13 @@ from pyroute2 import IPRoute
 
 from datapath.drivers.ebpf.driver import EbpfDriver
 from datapath.provider import Event, Network, NetworkKind, PortRef
+from migrator.lab.errors import LabError
 
 from .private import private_namespace, wait_until
 
 T = TypeVar("T")
 _numbers = itertools.count(1)
+BLUE = Network("blue", NetworkKind.LOCAL)
 VM = "6f1c0f6e-8a5d-4e0e-9d3e-{:012x}"
 
 ANY = [
@@ -126,9 +128,44 @@ class Host(Place):
             **options,
         }
         self.driver = EbpfDriver()
+        self.configure: Callable[[EbpfDriver], None] = lambda _: None
+        self.first: list[str] = []
 
     def start(self) -> None:
         self.run(lambda: self.driver.start(self.options, self.events.append))
+
+    def begin(self, configure: Callable[[EbpfDriver], None]) -> None:
+        """Start the driver, and configure it as `emptied` does again."""
+        self.configure = configure
+        self.start()
+        self.run(lambda: self.driver.set_network(BLUE))
+        self.run(lambda: configure(self.driver))
+        self.first = self.run(self._traces)
+
+    def emptied(self) -> bool:
+        """Take away what a test made. False: something of it is left, this host must not serve another."""
+        for status in self.run(self.driver.ports):
+            self.run(lambda ref=status.ref: self.driver.purge(ref))  # type: ignore[misc]
+        for guest in self.guests:
+            guest.close()
+        self.guests.clear()
+        for network in self.run(self.driver.networks):
+            self.run(lambda name=network.name: self.driver.remove_network(name))  # type: ignore[misc]
+        self.run(lambda: self.driver.set_network(BLUE))
+        self.run(lambda: self.configure(self.driver))
+        with contextlib.suppress(LabError):
+            wait_until(lambda: self.run(self._traces) == self.first, "the host is as it was", 3.0)
+            self.events.clear()
+            return True
+        return False
+
+    def _traces(self) -> list[str]:
+        """What a test may leave: in the switch, its networks, links, addresses."""
+        with IPRoute() as route:
+            links = [link.get_attr("IFLA_IFNAME") for link in route.get_links()]
+            addresses = [f"{one['index']} {one.get_attr('IFA_ADDRESS')}" for one in route.get_addr()]
+        held = [f"{sort} {name}" for sort, names in self.driver.remains().items() for name in names]
+        return sorted([*held, *map(repr, self.driver.networks()), *links, *addresses])
 
     def restart(self) -> None:
         self.run(self.driver.stop)
@@ -161,8 +198,8 @@ class Host(Place):
                 stack.callback(guest.close)
             if self.driver._running is not None:
                 self.run(self.driver.destroy)
-            if os.path.ismount(self.options["bpffs"]):
-                subprocess.run(["umount", self.options["bpffs"]], check=True, timeout=10)
+            while os.path.ismount(self.options["bpffs"]):  # -l: whoever looks into it just now does not keep it
+                subprocess.run(["umount", "-l", self.options["bpffs"]], check=True, timeout=10)
 
 
 @contextlib.contextmanager
@@ -184,17 +221,55 @@ def hosts(count: int, ip: int = 4, **options: Any) -> Iterator[list[Host]]:
                 give_address(host, "under0", f"{network}{number}", prefix)
         names = {f"h{number}": f"{network}{number}" for number in range(1, count + 1)}
         for host in made:
-            host.start()
-            host.run(lambda host=host: _configure(host.driver, names, count))  # type: ignore[misc]
+            host.begin(lambda driver: _configure(driver, names, count))
         yield made
+
+
+class Shelf:
+    """Hosts that stand ready between tests: the kernel takes seconds to verify a switch."""
+
+    def __init__(self) -> None:
+        self._ready: dict[tuple[int, int], list[Host]] = {}
+        self._stacks: dict[tuple[int, int], contextlib.ExitStack] = {}
+
+    @contextlib.contextmanager
+    def lend(self, count: int, ip: int = 4) -> Iterator[list[Host]]:
+        """As `hosts`, without options. They are lent again if nothing of the test is left on them."""
+        sort = (count, ip)
+        if sort not in self._ready:
+            stack = self._stacks[sort] = contextlib.ExitStack()
+            self._ready[sort] = stack.enter_context(hosts(count, ip))
+        try:
+            yield self._ready[sort]
+        finally:
+            self._take_back(sort)
+
+    def _take_back(self, sort: tuple[int, int]) -> None:
+        try:
+            good = all(host.emptied() for host in self._ready[sort])
+        except BaseException:
+            self._drop(sort)
+            raise
+        if not good:
+            self._drop(sort)
+
+    def _drop(self, sort: tuple[int, int]) -> None:
+        del self._ready[sort]
+        self._stacks.pop(sort).close()
+
+    def close(self) -> None:
+        for sort in list(self._ready):
+            self._drop(sort)
+
+
+shelf = Shelf()
 
 
 def _configure(driver: EbpfDriver, names: dict[str, str], count: int) -> None:
     driver.set_hosts(names)
-    driver.set_network(Network("blue", NetworkKind.LOCAL))
     if count > 1:
         driver.set_network(Network("vlan", NetworkKind.UPLINK, uplink="up0", vlan=7))
         driver.set_network(Network("over", NetworkKind.OVERLAY, vni=5000, mtu=1500))
 
 
-__all__ = ["ANY", "Guest", "Host", "Place", "connect", "give_address", "hosts", "rules", "wait_until"]
+__all__ = ["ANY", "Guest", "Host", "Place", "connect", "give_address", "hosts", "rules", "shelf", "wait_until"]

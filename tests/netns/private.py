@@ -9,9 +9,10 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
 
 from pyroute2 import IPRoute
+
+from migrator.lab import processes
 
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -63,7 +64,5 @@ def raw_socket(ifindex: int, protocol: int = 0) -> Iterator[socket.socket]:
 
 
 def wait_until(true: Callable[[], bool], what: str, seconds: float = 5.0) -> None:
-    """Look again until it is so, or fail by name."""
-    deadline = monotonic() + seconds
-    while not true():
-        assert monotonic() < deadline, f"not within {seconds} s: {what}"
+    """Look again until it is so, or fail by name. Between two looks the test's other threads have the interpreter."""
+    processes.wait_until(what, true, seconds, 0.001)

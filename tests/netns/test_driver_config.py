@@ -14,7 +14,7 @@ from datapath.errors import NotReady, UnsupportedKind
 from datapath.provider import Network, NetworkKind, Place, PortRef, PortState
 from datapath.state.kind import Table
 
-from .driver_lab import ANY, Guest, Host, connect, give_address, hosts, rules, wait_until
+from .driver_lab import ANY, Guest, Host, connect, give_address, hosts, rules, shelf, wait_until
 from .test_driver_forward import talk
 
 ETHERTYPE = 0x88B6
@@ -22,13 +22,13 @@ ETHERTYPE = 0x88B6
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    with hosts(1) as made:
+    with shelf.lend(1) as made:
         yield made[0]
 
 
 @pytest.fixture
 def pair() -> Iterator[list[Host]]:
-    with hosts(2) as made:
+    with shelf.lend(2) as made:
         yield made
 
 

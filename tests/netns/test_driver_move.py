@@ -13,7 +13,7 @@ import pytest
 from datapath.errors import NotReady, StaleEpoch
 from datapath.provider import PortRef, PortState
 
-from .driver_lab import Guest, Host, hosts, wait_until
+from .driver_lab import Guest, Host, hosts, shelf, wait_until
 
 NUMBERS = [{"direction": "to", "protocol": "udp", "ports": [[9000, 9000]]}]
 CHANNEL = 4711
@@ -22,7 +22,7 @@ CHANNEL = 4711
 @pytest.fixture
 def pair(request: pytest.FixtureRequest) -> Iterator[list[Host]]:
     """Parametrised by the underlay's version of IP, 4 unless a test says so."""
-    with hosts(2, getattr(request, "param", 4)) as made:
+    with shelf.lend(2, getattr(request, "param", 4)) as made:
         yield made
 
 

@@ -16,7 +16,7 @@ from datapath.drivers.ebpf.holds import QUEUE_LENGTH
 from datapath.drivers.ebpf.tun import open_tap
 from datapath.provider import PortRef
 
-from .driver_lab import Guest, Host, hosts, wait_until
+from .driver_lab import Guest, Host, shelf, wait_until
 
 CHANNEL = 815
 HELD = 4000
@@ -30,7 +30,7 @@ def run(*command: str) -> None:
 
 @pytest.fixture
 def pair() -> Iterator[list[Host]]:
-    with hosts(2) as made:
+    with shelf.lend(2) as made:
         yield made
 
 
