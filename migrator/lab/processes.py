@@ -122,11 +122,16 @@ class Worker:
         self.process.kill()
         self.close()
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """End it and let go of its pipes."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def dismiss(self) -> None:
+        """Tell it to end, and do not wait: several end at once, though the kernel takes its time with each's sockets."""
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End it and let go of its pipes."""
+        assert self.process.stdout is not None
+        self.dismiss()
         try:
             self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:

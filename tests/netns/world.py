@@ -143,6 +143,8 @@ class World:
             self.cluster.settled(machine)
         wait_until("the ports may be taken away", self._withdrawn, 40.0)
         for worker in self.cluster.workers:
+            worker.dismiss()
+        for worker in self.cluster.workers:
             worker.close()
         self.cluster.workers.clear()
         for machine in self.machines:
