@@ -123,7 +123,7 @@ class Worker:
         self.close()
 
     def dismiss(self) -> None:
-        """Tell it to end, and do not wait: several end at once, though the kernel takes its time with each's sockets."""
+        """Tell it to end, and do not wait: several end at once, though the kernel takes its time with their sockets."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
