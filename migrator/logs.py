@@ -18,7 +18,9 @@ def configure(level: str, *, as_json: bool) -> None:
     if as_json:
         chain += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
     else:
-        chain.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+        # Without the values of variables, which a traceback for people would show: keys and tokens are among them.
+        plain = structlog.dev.plain_traceback
+        chain.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain))
     structlog.configure(
         processors=chain,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),

@@ -34,6 +34,8 @@ OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 256 << 20),
     ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", 2048),
+    ("grpc.server_handshake_timeout_ms", 10_000),
 )
 """An agent whose host has gone without a word is noticed after 15 s; one whose process ended, at once."""
 

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -220,3 +222,15 @@ def test_no_key_and_no_token_is_printed_logged_reported_or_in_a_snapshot(
             and token.hex().encode() not in everything
             and repr(token).encode() not in everything
         )
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_traceback_in_the_log_shows_no_values(as_json: bool) -> None:
+    program = (
+        "import structlog; from migrator import logs\n"
+        f"logs.configure('info', as_json={as_json})\n"
+        "def breaks(key):\n    raise ValueError('it broke')\n"
+        "try:\n    breaks('SEC' + 'RET')\nexcept ValueError:\n    structlog.get_logger().exception('broken')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert "it broke" in ran.stderr and "breaks" in ran.stderr and "SECRET" not in ran.stderr
