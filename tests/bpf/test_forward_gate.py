@@ -180,6 +180,16 @@ def test_a_lease_ends_a_hold(lab: Lab, lease: int, state: int, gate: int) -> Non
         wait_for(lambda: lab.drops(2) == {MODEL.DROP_LEASE: 1}, "drop counted")
 
 
+def test_what_is_given_back_is_no_matter_of_the_lease(lab: Lab) -> None:
+    """It waited while the lease held; the agent that gives it back is there."""
+    _, b = two_ports(lab, gate=SHUT, lease=PAST)
+    tap = lab.tap(2, MODEL.DEVICE_HOLD_TO)
+    lab.change_port(2, hold_to=tap.ifindex, held_to=1)
+    tap.write(datagram(B, A))
+    assert b.receive() == datagram(B, A)
+    wait_for(lambda: held(lab) == (0, 0), "nothing waits")
+
+
 def test_a_lease_says_nothing_of_an_open_port(lab: Lab) -> None:
     a, b = two_ports(lab, lease=PAST)
     a.send(datagram(B, A))
