@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from migrator.lab import netns
 from migrator.lab.topology import Lab
 
@@ -19,6 +21,7 @@ with Lab(("h1",)) as lab:
 """
 
 
+@pytest.mark.alone  # or the lab of another test may sweep it before
 def test_a_killed_lab_is_swept() -> None:
     killed = subprocess.Popen([sys.executable, "-c", SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with killed:
