@@ -156,3 +156,18 @@ int port_cas(struct port_swap *context)
 	context->swapped = context->found == context->expected;
 	return 0;
 }
+
+/* struct port_held. Adds to what waits in a port's hold taps: frames that programs of another generation of maps put
+ * there, whose counters the agent cannot write while frames come. -EINVAL: no such slot. */
+SEC("syscall")
+int port_count_held(struct port_held *context)
+{
+	__u32 slot = context->slot;
+	struct port *port = bpf_map_lookup_elem(&ports, &slot);
+
+	if (!port)
+		return -EINVAL;
+	__sync_fetch_and_add(&port->held_to, context->to);
+	__sync_fetch_and_add(&port->held_from, context->from);
+	return 0;
+}

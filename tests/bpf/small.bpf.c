@@ -40,6 +40,15 @@ SEC("tc") int to_port(struct __sk_buff *skb)
 }
 
 /* Reports the ring: `length` events of slot `slot`. */
+SEC("syscall") int port_cas(struct port_swap *context)
+{
+	__u32 slot = context->slot;
+	struct port *port = bpf_map_lookup_elem(&ports, &slot);
+
+	context->found = port ? port->word : 0;
+	return 0;
+}
+
 SEC("syscall") int report(struct event *context)
 {
 	for (int i = 0; i < 64; i++) {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from datapath.drivers.ebpf import bpffs, loader, syscall
-from datapath.drivers.ebpf.bpffs import Pins
+from datapath.drivers.ebpf.adopted import Adopted
+from datapath.drivers.ebpf.bpffs import NEXT, Pins
 from datapath.drivers.ebpf.layout import CT_KEY, EVENT, L2_KEY, PORT, C
 from datapath.drivers.ebpf.loader import Sizes
 from datapath.errors import DatapathError, FeatureMissing, KernelError
@@ -148,6 +150,51 @@ def test_the_verifier_s_words_are_in_the_error(pins: Pins, tmp_path: Path) -> No
         loader.load(pins, path=refused)
     assert raised.value.hint
     assert not pins.names(), "a failed load leaves no pins"
+
+
+def test_programs_that_cannot_be_loaded_leave_those_that_run(pins: Pins, small: Path, tmp_path: Path) -> None:
+    """And the error says so."""
+    switch = loader.load(pins, path=small)
+    before = pins.names()
+    with pytest.raises(KernelError, match="invalid access to packet") as raised:
+        loader.load(pins, path=compile_object(SOURCE, tmp_path / "refused.bpf.o", "-DREFUSED"))
+    assert "the programs that were here go on" in raised.value.hint
+    assert pins.names() == before
+    again = loader.load(pins, path=small)
+    ids = [{name: syscall.prog_info(fd).id for name, fd in one.programs.items()} for one in (switch, again)]
+    assert ids[0] == ids[1]
+    switch.close()
+    again.close()
+
+
+def test_differences_are_named_before_anything_is_loaded(pins: Pins, small: Path) -> None:
+    assert loader.differences(pins, path=small) == []
+    loader.load(pins, path=small).close()
+    before = pins.names()
+    assert loader.differences(pins, path=small) == []
+    found = loader.differences(pins, Sizes(slots=64), small)
+    assert any(re.match(r"pinned map ports is .*\b1024\b.*, not .*\b64\b", line) for line in found)
+    assert pins.names() == before
+
+
+def test_a_switch_is_read_by_its_own_types(pins: Pins, small: Path) -> None:
+    """Also beside programs of another object that are pinned for the next maps."""
+    first = loader.load(pins, path=small)
+    following = pins.of(NEXT)
+    following.make()
+    second = loader.load(following, Sizes(slots=64), small)
+    with first.mapped("ports") as ports:
+        ports.store(3, "word", 5 << 32 | 2)
+    adopted = Adopted(pins)
+    with adopted.mapped("ports") as ports, adopted.outer("conntracks") as conntracks:
+        assert ports.load(3, "word") == 5 << 32 | 2 and len(ports.view) == C.SLOTS_DEFAULT
+        assert conntracks.template.key == CT_KEY
+        with conntracks.new(16) as table:
+            conntracks.put(3, table)
+    ids = [syscall.prog_info(one.program("from_port")).id for one in (first, adopted, second)]
+    assert ids[0] == ids[1] != ids[2]
+    for switch in (first, second, adopted):
+        switch.close()
 
 
 def test_a_name_that_is_not_there_is_an_error(pins: Pins, small: Path) -> None:

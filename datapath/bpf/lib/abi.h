@@ -9,6 +9,7 @@
 
 /* user space drops the prefix */
 enum abi_constant {
+	ABI_REVISION = REVISION,
 	ABI_SLOTS_DEFAULT = SLOTS_DEFAULT,
 	ABI_NETWORKS_DEFAULT = NETWORKS_DEFAULT,
 	ABI_HOSTS_DEFAULT = HOSTS_DEFAULT,
@@ -69,4 +70,5 @@ union abi {
 	struct ct_batch ct_batch;
 	struct ct_sweep ct_sweep;
 	struct port_swap port_swap;
+	struct port_held port_held;
 } _abi __attribute__((unused));

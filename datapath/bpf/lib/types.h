@@ -15,6 +15,9 @@
 
 #include <linux/types.h>
 
+/* Raised when programs take the same layouts for something else: then maps are taken over, never shared. */
+#define REVISION         1
+
 #define SLOTS_DEFAULT    1024 /* resized before load */
 #define NETWORKS_DEFAULT 4096
 #define HOSTS_DEFAULT    4096
@@ -447,4 +450,11 @@ struct port_swap { /* port_cas */
 	__u64 expected;
 	__u64 desired;
 	__u64 found; /* out: the word as it was before */
+};
+
+struct port_held { /* port_count_held */
+	__u32 slot;
+	__u32 pad;
+	__s64 to;
+	__s64 from;
 };

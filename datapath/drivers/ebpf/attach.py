@@ -24,6 +24,7 @@ from pyroute2 import IPRoute, NetlinkError
 
 from datapath.drivers.ebpf import syscall
 from datapath.drivers.ebpf.devices import kernel_errors
+from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.uapi import AttachType
 from datapath.errors import KernelError
 
@@ -40,6 +41,15 @@ class Attachment:
     ifindex: int
     direction: Direction
     program: int  # id, as in bpftool prog show
+
+
+def program_of(role: int, direction: Direction) -> str:
+    """The program that a device with that role (enum device_role) runs, "" for none."""
+    if role == C.DEVICE_PORT:
+        return "from_port" if direction is Direction.INGRESS else "to_port"
+    if direction is Direction.EGRESS:
+        return ""
+    return {C.DEVICE_UPLINK: "from_uplink", C.DEVICE_TUNNEL: "from_tunnel"}.get(role, "from_hold" if role else "")
 
 
 class Attachments(abc.ABC):

@@ -3,6 +3,7 @@
     <bpffs>/migrator-<instance>/maps/NAME              every map of maps.h
                                /programs-DIGEST/NAME   of the object with that digest
                                /links/NAME             tcx links (attach.py)
+                               /maps-next, /maps-before  while maps of another layout are taken over (takeover.py)
 
 `ip netns exec` hides /sys, and a service manager may hide mounts: enter a namespace by setns, and give another path.
 """
@@ -23,19 +24,25 @@ from datapath.errors import DatapathError, KernelError
 SYSTEM = Path("/sys/fs/bpf")
 PRIVATE = Path("/run/migrator/bpf")
 
+MAPS, NEXT, BEFORE = "maps", "maps-next", "maps-before"
+
 _MAGIC = 0xCAFE4A11  # BPF_FS_MAGIC, linux/magic.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
 class Pins:
-    """Directories of one switch."""
+    """Directories of one switch. `generation`: which maps; all but MAPS are there during a takeover only."""
 
     root: Path
+    generation: str = MAPS
 
     @property
     def maps(self) -> Path:
-        return self.root / "maps"
+        return self.root / self.generation
+
+    def of(self, generation: str) -> Pins:
+        return Pins(self.root, generation)
 
     def programs(self, digest: str) -> Path:
         return self.root / f"programs-{digest}"
@@ -63,9 +70,26 @@ class Pins:
         """Unpin all: links go first, so that no program runs on maps that are half gone."""
         clear(self.links)
         self.keep_programs("")
-        clear(self.maps)
+        for generation in (MAPS, NEXT, BEFORE):
+            clear(self.root / generation)
         with contextlib.suppress(FileNotFoundError):
             self.root.rmdir()
+
+    def turn(self) -> None:
+        """The next maps are the ones from now on. A crash in between: `mend`."""
+        (self.root / MAPS).rename(self.root / BEFORE)
+        (self.root / NEXT).rename(self.root / MAPS)
+
+    def mend(self) -> None:
+        """End what a crash cut off: the second half of a turn; or before it, and then there are no next maps."""
+        there = [(self.root / generation).is_dir() for generation in (MAPS, NEXT, BEFORE)]
+        if there == [False, True, True]:
+            (self.root / NEXT).rename(self.root / MAPS)
+        clear(self.root / NEXT)
+
+    def turned(self) -> bool:
+        """A turn has been made and not been finished."""
+        return (self.root / BEFORE).is_dir()
 
     def keep_programs(self, digest: str) -> None:
         """Unpin programs of all other objects."""
@@ -92,6 +116,7 @@ def pins(instance: str, path: Path | None = None) -> Pins:
     where = path or (SYSTEM if is_bpffs(SYSTEM) else PRIVATE)
     mount(where)
     found = Pins(where / f"migrator-{instance}")
+    found.mend()
     found.make()
     return found
 

@@ -20,7 +20,7 @@ from datapath.errors import FeatureMissing
 OBJECT = Path(__file__).resolve().parents[2] / "bpf" / "switch.bpf.o"
 
 _MAGIC = 0xEB9F
-_INT, _ARRAY, _STRUCT, _UNION, _ENUM, _VAR, _DATASEC, _ENUM64 = 1, 3, 4, 5, 6, 14, 15, 19
+_INT, _POINTER, _ARRAY, _STRUCT, _UNION, _ENUM, _VAR, _DATASEC, _ENUM64 = 1, 2, 3, 4, 5, 6, 14, 15, 19
 _ALIASES = (8, 9, 10, 11, 18)  # typedef, volatile, const, restrict, type tag
 _TAIL = {_INT: 4, _ARRAY: 12, _VAR: 4, 17: 4}  # bytes behind the header of a type
 _EACH = {_STRUCT: 12, _UNION: 12, _ENUM: 8, 13: 8, _DATASEC: 12, _ENUM64: 12}  # and a member
@@ -34,6 +34,17 @@ class _Type:
     name: str
     size: int  # or the type that it refers to
     tail: bytes
+
+
+@dataclass(frozen=True)
+class InnerMap:
+    """What a map of maps says of the tables in it: enum bpf_map_type, flags, and the types of keys and values."""
+
+    type: int
+    entries: int
+    flags: int
+    key: int
+    value: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,28 @@ class Btf:
             inner = self.dtype(element)
             return None if inner is None else np.dtype((inner, (length,)))
         return self._compound(item) if item.kind in (_STRUCT, _UNION) else None
+
+    def inner_map(self, name: str) -> InnerMap | None:
+        """Declaration of the tables in a map of maps (libbpf's __array(values, …)); None where there is none."""
+        outer = next((item.size for item in self.types if item.kind == _VAR and item.name == name), 0)
+        values = self._members(outer).get("values")
+        if values is None:
+            return None
+        element = struct.unpack("=3I", self.types[values].tail)[0]
+        inner = self._members(self.types[element].size)
+        number = {name: self._number(inner[name]) for name in ("type", "max_entries", "map_flags") if name in inner}
+        key, value = self.types[inner["key"]].size, self.types[inner["value"]].size
+        return InnerMap(number["type"], number["max_entries"], number.get("map_flags", 0), key, value)
+
+    def _members(self, number: int) -> dict[str, int]:
+        """Member -> its type, of a structure."""
+        item = self.types[number]
+        found = struct.iter_unpack("=3I", item.tail) if item.kind == _STRUCT else ()
+        return {self._string(name): type_ for name, type_, _ in found}
+
+    def _number(self, pointer: int) -> int:
+        """libbpf's __uint(name, N) is a pointer to an array of N."""
+        return int(struct.unpack("=3I", self.types[self.types[pointer].size].tail)[2])
 
     def _compound(self, item: _Type) -> np.dtype[Any] | None:
         names, formats, offsets = [], [], []

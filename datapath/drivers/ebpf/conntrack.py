@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapath.drivers.ebpf import layout
+from datapath.drivers.ebpf.evolve import by_name
 from datapath.errors import LoadRejected
 from datapath.state import conntrack
 from datapath.state.kind import Columns
@@ -62,6 +63,7 @@ def live(entries: Entries) -> NDArray[np.bool_]:
 def key_columns(keys: Keys) -> Columns:
     """Key columns of the kind."""
     # np.concatenate turns big-endian fields into native ones: the layout is made sure of before bytes are looked at
+    keys = by_name(keys, layout.CT_KEY)  # they may be those of another version
     portable = np.ascontiguousarray(keys, layout.CT_KEY).view(_KEY)
     return {
         name: np.ascontiguousarray(portable[name], np.dtype(conntrack.CONNTRACK.columns[name].dtype))
@@ -71,6 +73,7 @@ def key_columns(keys: Keys) -> Columns:
 
 def columns(keys: Keys, entries: Entries, port_time: int) -> Columns:
     """All columns; `port_time` is the port's clock in the kernel (ORIGIN_NS included)."""
+    entries = by_name(entries, layout.CT_ENTRY)
     own, carried = entries["packets"], entries["carried_packets"]
     own_bytes, carried_bytes = entries["bytes"], entries["carried_bytes"]
     seen = np.minimum(entries["seen"], np.uint64(port_time))  # a packet may have come since the clock was read

@@ -155,6 +155,21 @@ class Ledger:
     def save_boot(self, boot: int) -> None:
         self._write_table("switch", {"boot": boot})
 
+    # ---- a takeover (takeover.py) ----
+
+    def save_held(self, held: Mapping[int, tuple[int, int]]) -> None:
+        """Frames that waited in each port's hold taps, (to, from), when it was copied. Waits for no disk."""
+        path = self._folder / "takeover.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({str(slot): list(counts) for slot, counts in held.items()}))
+        partial.replace(path)
+
+    def held(self) -> dict[int, tuple[int, int]]:
+        return {int(slot): (int(to), int(from_)) for slot, (to, from_) in self._read_table("takeover").items()}
+
+    def forget_held(self) -> None:
+        (self._folder / "takeover.json").unlink(missing_ok=True)
+
     def destroy(self) -> None:
         """Delete every file."""
         for path in [*self._ports.iterdir(), *self._folder.glob("*.json"), *self._folder.glob("*.partial")]:

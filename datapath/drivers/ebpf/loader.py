@@ -1,6 +1,8 @@
 """Load the switch, or take over the one that runs: maps are reused by their pins, programs are replaced.
 
-While it loads the old programs go on with the same maps; `attach.py` then flips each link to the new ones.
+While it loads the old programs go on with the same maps; `attach.py` then flips each link to the new ones. Maps of
+another layout cannot be reused: `differences` says so before anything is loaded, and `takeover.py` brings their
+contents into maps of their own generation.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from typing import Any
 import numpy as np
 
 from datapath.drivers.ebpf import btf, layout, libbpf, syscall
-from datapath.drivers.ebpf.bpffs import Pins, clear
+from datapath.drivers.ebpf.bpffs import MAPS, Pins, clear
 from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.maps import Handle, Mapped, Outer, Table, Template
 from datapath.errors import FeatureMissing, KernelError
 
 _BUILD_HINT = "build it from the same version: make bpf"
+_LAYOUT_HINT = "start with the options and version that made it, or take the switch down: migrator switch destroy"
 
 _BY_SLOT = (
     *("ports", "devices", "counters", "addresses", "trunks", "channels", "conntracks", "dirty", "policies"),
@@ -65,20 +68,22 @@ class Switch:
         self.pins = pins
         self.types = types
         self.fresh = False
+        self.pinned = pins.root  # directory of the programs' pins
         self._declared: dict[str, libbpf.Declared] = {}
         self._maps: dict[str, int] = {}
         self._programs: dict[str, int] = {}
 
     def table(self, name: str) -> Table:
         """A handle of its own; the caller closes it."""
-        made = self._map(name)
-        return Table(_duplicate(self._maps[name]), self._dtype(made.key_type), self._dtype(made.value_type), name)
+        self._map(name)
+        return Table(_duplicate(self._maps[name]), *self._layouts(name), name)
 
     def outer(self, name: str) -> Outer:
         return Outer(_duplicate(self._maps[name]), self.template(name), name)
 
     def mapped(self, name: str) -> Mapped:
-        return Mapped(_duplicate(self._maps[name]), self._dtype(self._map(name).value_type), name)
+        self._map(name)
+        return Mapped(_duplicate(self._maps[name]), self._layouts(name)[1], name)
 
     def template(self, name: str) -> Template:
         """How inner maps of a map of maps are made."""
@@ -121,6 +126,10 @@ class Switch:
         run = syscall.prog_run(self.program(name), ctx=context.ctypes.data, ctx_size=context.nbytes)
         return run.retval - (1 << 32) if run.retval >> 31 else run.retval
 
+    def keep_own_programs(self) -> None:
+        """Unpin programs of all other objects."""
+        self.pins.keep_programs(self.pinned.name.removeprefix("programs-"))
+
     def close(self) -> None:
         """Give descriptors back. What is pinned goes on."""
         for fd in (*self._maps.values(), *self._programs.values()):
@@ -131,6 +140,11 @@ class Switch:
     def _btf_id(self) -> int:
         """The object's types as the kernel has them; they live as long as its programs."""
         return syscall.prog_info(next(iter(self._programs.values()))).btf_id
+
+    def _layouts(self, name: str) -> tuple[np.dtype[Any], np.dtype[Any]]:
+        """Of keys and values."""
+        made = self._map(name)
+        return self._dtype(made.key_type), self._dtype(made.value_type)
 
     def _map(self, name: str) -> libbpf.Declared:
         if name not in self._declared:
@@ -157,12 +171,13 @@ def load(pins: Pins, sizes: Sizes | None = None, path: Path = btf.OBJECT) -> Swi
     try:
         _resize(opened, sizes or Sizes())
         switch._declared = {one.name: one for one in opened.maps() if one.pin}
-        for declared in switch._declared.values():
-            _check_pinned(declared, types)
+        found = [line for declared in switch._declared.values() for line in _pinned_differences(declared, types)]
+        if found:
+            raise KernelError("; ".join(found[:8]), errno.EINVAL, hint=_LAYOUT_HINT)
         switch.fresh = not (pins.maps / "settings").exists()
-        programs = pins.programs(hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+        programs = switch.pinned = pins.programs(_digest(path, switch._declared))
         if not _take_over(switch, opened, programs):
-            opened.load()
+            _load(opened, running=not switch.fresh)
             switch._maps = {name: _duplicate(opened.map_fd(name)) for name in switch._declared}
             switch._programs = {name: _duplicate(fd) for name, fd in opened.programs().items()}
             _pin_programs(switch, programs)
@@ -182,26 +197,59 @@ def _resize(opened: libbpf.Object, sizes: Sizes) -> None:
             opened.resize(declared.name, entries)
 
 
-def _check_pinned(declared: libbpf.Declared, types: btf.Btf) -> None:
-    """Does the pinned map, if there is one, have the shape and the layouts that the object wants?"""
+def differences(pins: Pins, sizes: Sizes | None = None, path: Path = btf.OBJECT) -> list[str]:
+    """Why pinned maps cannot be reused by the object at `path`, a phrase each; [] when they can, or none are there."""
+    types = btf.read_object(path)
+    opened = libbpf.Object(path, pins.maps)
+    try:
+        _resize(opened, sizes or Sizes())
+        declared = [one for one in opened.maps() if one.pin]
+        return [line for one in declared for line in _pinned_differences(one, types)]
+    finally:
+        opened.close()
+
+
+def _pinned_differences(declared: libbpf.Declared, types: btf.Btf) -> list[str]:
+    """How shape, layouts and meanings of the pinned map, if there is one, differ from what the object wants."""
     if declared.pin is None or not declared.pin.exists():
-        return
+        return []
     with _opened(declared.pin) as fd:
         there = syscall.map_info(fd)
-    hint = "start with the options and version that made it, or take the switch down: migrator switch destroy"
     shape = (there.type, there.key_size, there.value_size, there.max_entries, there.flags)
     wanted = (declared.type, declared.key_size, declared.value_size, declared.entries, declared.flags)
     if shape != wanted:
         text = "(type, key size, value size, entries, flags)"
-        raise KernelError(f"pinned map {declared.name} is {shape}, not {wanted} {text}", errno.EINVAL, hint=hint)
+        return [f"pinned map {declared.name} is {shape}, not {wanted} {text}"]
     if not there.btf_id:
-        return
+        return []
     pinned = btf.parse(syscall.btf_data(there.btf_id))
+    found = [] if declared.name != "ports" else _revisions(pinned, types)
     for ours, theirs in ((declared.key_type, there.btf_key_type_id), (declared.value_type, there.btf_value_type_id)):
         mine, other = types.dtype(ours), pinned.dtype(theirs)
-        found = layout.differences(types.types[ours].name, mine, other) if mine is not None else []
-        if found:
-            raise KernelError(f"pinned map {declared.name}: {'; '.join(found)}", errno.EINVAL, hint=hint)
+        found += layout.differences(types.types[ours].name, mine, other) if mine is not None else []
+    return [f"pinned map {declared.name}: {line}" for line in found]
+
+
+def _revisions(pinned: btf.Btf, types: btf.Btf) -> list[str]:
+    """Programs of versions that understand the same layouts otherwise share no maps."""
+    there, here = (one.constants.get("ABI_REVISION", 1) for one in (pinned, types))
+    return [f"revision {there}, not {here}"] if there != here else []
+
+
+def _load(opened: libbpf.Object, *, running: bool) -> None:
+    """Raises KernelError; `running`: programs of an earlier run go on then."""
+    try:
+        opened.load()
+    except KernelError as error:
+        if running:
+            error.hint += "; the programs that were here go on"
+        raise
+
+
+def _digest(path: Path, declared: Mapping[str, libbpf.Declared]) -> str:
+    """Stands for an object and the sizes of its maps."""
+    sizes = ",".join(f"{name}={one.entries}" for name, one in sorted(declared.items()))
+    return hashlib.sha256(path.read_bytes() + sizes.encode()).hexdigest()[:16]
 
 
 def _take_over(switch: Switch, opened: libbpf.Object, programs: Path) -> bool:
@@ -223,7 +271,8 @@ def _pin_programs(switch: Switch, programs: Path) -> None:
         syscall.obj_pin(fd, unfinished / name)
     clear(programs)
     unfinished.rename(programs)
-    switch.pins.keep_programs(programs.name.removeprefix("programs-"))
+    if switch.pins.generation == MAPS:
+        switch.keep_own_programs()
 
 
 def _mark_boot(switch: Switch) -> None:

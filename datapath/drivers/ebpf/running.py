@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datapath.drivers.ebpf import bpffs, loader
-from datapath.drivers.ebpf.attach import Attachments, attachments
+from datapath.drivers.ebpf import bpffs, loader, takeover
+from datapath.drivers.ebpf.attach import Attachments, attachments, program_of
 from datapath.drivers.ebpf.connections import Connections
 from datapath.drivers.ebpf.counters import Counters
 from datapath.drivers.ebpf.devices import Link, Watch
@@ -55,7 +55,8 @@ class Running:
         self.pins = bpffs.pins(options.instance, self.bpffs)
         self.ledger = Ledger(options.state)
         sizes = Sizes(options.slots, options.networks, options.hosts, options.l2)
-        self.kernel = Kernel(loader.load(self.pins, sizes))
+        self.differences = loader.differences(self.pins, sizes)
+        self.kernel = Kernel(self._loaded(sizes))
         with contextlib.ExitStack() as undo:
             undo.callback(self.kernel.close)
             self.attachments: Attachments = attachments(self.pins.links, options.instance)
@@ -63,6 +64,18 @@ class Running:
             self._make_tables()
             self._make_ports()
             undo.pop_all()
+
+    def _loaded(self, sizes: Sizes) -> loader.Switch:
+        """On the maps that are here; when these are of another layout, on maps of their own beside them."""
+        if not self.differences:
+            return loader.load(self.pins, sizes)
+        following = self.pins.of(bpffs.NEXT)
+        following.make()
+        try:
+            return loader.load(following, sizes)
+        except BaseException:
+            self.pins.mend()
+            raise
 
     def _make_tables(self) -> None:
         kernel, ledger = self.kernel, self.ledger
@@ -130,6 +143,7 @@ class Running:
     def begin(self) -> None:
         """Take over what an earlier run left, then start the threads. If it raises, call nothing more."""
         try:
+            self._take_over()
             self.underlay.start()
             self.hosts.restore()
             self.networks.restore()
@@ -141,6 +155,23 @@ class Running:
         self.watch.start()
         self.reader.start()
         self.sweeper.start()
+
+    def _take_over(self) -> None:
+        """From here every hook point runs these programs, on maps with these layouts."""
+        if self.differences:
+            takeover.carry_out(self, self.differences)
+        elif self.pins.turned():
+            takeover.resume(self)
+        else:
+            self.replace_programs()
+
+    def replace_programs(self) -> None:
+        """At all hook points, one after the other; versions that share maps understand each other meanwhile."""
+        roles = {int(k): int(v["role"]) for k, v in zip(*self.kernel.devices.read(), strict=True)}
+        for one in self.attachments.attached():
+            name = program_of(roles.get(one.ifindex, 0), one.direction)
+            if name:
+                self.attachments.attach(one.ifindex, one.direction, self.kernel.switch.program(name))
 
     def _restore_ports(self) -> None:
         rebooted = self.ledger.boot() != self.kernel.boot()
@@ -174,6 +205,9 @@ class Running:
         self.instances.add(instance)
         if entry.state == "active" and self.words.word(entry.slot).state == C.PORT_STAGED:
             self.staging.go_on(instance, entry.ref.epoch, held=False)
+        elif self.words.running(entry.slot) and self.words.gate(entry.slot) == (C.GATE_LOCAL, False):
+            self.holds.pump_from(instance)  # an agent that opened it died before all that waited had passed
+            self.holds.pump_to(instance)
         self.plugs.restore(instance)
 
     def _make_anew(self, entry: PortEntry) -> None:

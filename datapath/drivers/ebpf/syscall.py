@@ -254,6 +254,16 @@ def prog_info(fd: int) -> ProgInfo:
     return ProgInfo(raw.type, raw.id, raw.name.decode(), raw.jited_prog_len != 0, raw.btf_id)
 
 
+def prog_maps(fd: int) -> set[int]:
+    """Ids of the maps that a program uses."""
+    raw = ProgInfoRaw()
+    _info(fd, raw)
+    ids = (ctypes.c_uint32 * raw.nr_map_ids)()
+    again = ProgInfoRaw(nr_map_ids=raw.nr_map_ids, map_ids=ctypes.addressof(ids))
+    _info(fd, again)
+    return set(ids)
+
+
 def link_info(fd: int) -> LinkInfo:
     raw = LinkInfoRaw()
     _info(fd, raw)
