@@ -33,7 +33,7 @@ METHODS: Mapping[str, tuple[tuple[Role, ...], str]] = {
     "Coordinator/Watch": ((_OPERATOR, _VIEWER), ""),
     "Coordinator/Declare": ((_AGENT,), "ports on its own host"),
     "Peer/Move": ((_AGENT,), "is the source that the coordinator's order names, and shows that order's token"),
-    "Peer/Ask": ((_AGENT,), "is the source of the migration that it asks about"),
+    "Peer/Ask": ((_AGENT,), "is the source of the migration that it asks about, while that is in hand"),
     "Agent/Status": ((_OPERATOR, _VIEWER), ""),
     "Agent/Ports": ((_OPERATOR, _VIEWER), ""),
     "Agent/Dump": ((_OPERATOR,), ""),
