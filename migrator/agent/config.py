@@ -96,5 +96,8 @@ def read_config(path: Path) -> AgentConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigInvalid(f"{path}: {error}", hint="the file has to be TOML") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        )
         raise ConfigInvalid(f"{path}: {problems}", hint="docs/operations.md lists the keys") from error

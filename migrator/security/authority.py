@@ -170,10 +170,10 @@ def identity_of(role: str, name: str) -> Identity:
 
 
 def make_folder(directory: Path) -> None:
-    """Its owner's alone, who is that of the folder it is in. Raises CertificateInvalid."""
+    """Its owner's alone, who is that of the folder it is in; all may enter those above. Raises CertificateInvalid."""
     try:
         for path in reversed([one for one in (directory, *directory.parents) if not one.exists()]):
-            path.mkdir(mode=0o700)
+            path.mkdir(mode=0o700 if path == directory else 0o755)
             _give(path)
     except OSError as error:
         raise CertificateInvalid(f"{directory}: {error.strerror}") from None

@@ -78,7 +78,7 @@ def test_frames_go_on_while_an_agent_is_restarted(world: World) -> None:
 def test_an_agent_that_lacks_what_it_needs_says_so_and_ends(world: World, tmp_path: Path) -> None:
     config = tmp_path / "agent.toml"
     config.write_text(
-        f'[agent]\nhost = "x"\nsocket = "{tmp_path}/a.sock"\nstate_dir = "{tmp_path}"\n'
+        f'[agent]\nhost = "x"\nlisten = "127.0.0.1:0"\nsocket = "{tmp_path}/a.sock"\nstate_dir = "{tmp_path}"\n'
         f'[driver]\nname = "ebpf"\nuplinks = "not a list"\n'
     )
     command = [sys.executable, "-m", "migrator.cli.main", "agent", "--config", str(config)]

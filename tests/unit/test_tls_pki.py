@@ -83,12 +83,13 @@ def test_what_cannot_be_done_is_said_in_a_line(
 def test_files_belong_to_whom_their_folder_belongs_to(tmp_path: Path) -> None:
     """A coordinator runs as a user of its own, who has to read the key; root renews it."""
     place = tmp_path / "state"
-    place.mkdir()
+    place.mkdir(mode=0o755)
     try:
         os.chown(place, 12345, 12345)
     except PermissionError:
         pytest.skip("needs root")
-    ca = authority.create(tmp_path / "pki")
+    ca = authority.create(tmp_path / "lib" / "pki")
+    assert stat.S_IMODE((tmp_path / "lib").stat().st_mode) == 0o755, "what is beside it may be others'"
     ca.issue(Identity(Role.COORDINATOR, "c"), place / "tls")
     ca.renew(place / "tls")
     for path in (place / "tls", *(place / "tls").iterdir()):
