@@ -13,7 +13,7 @@ TESTS := tests/unit tests/contract tests/bpf tests/netns tests/soak
 GUEST_TESTS := $(addprefix tests/libvirt/,test_lab.py test_migrate.py test_loop.py)
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
-.PHONY: help setup packages test soak lint demo bench build generate bpf lock-driver clean lock format audit test-% test-oldest-kernel bpf-coverage
+.PHONY: help setup packages test matrix soak lint demo bench build generate bpf lock-driver clean lock format audit test-% test-oldest-kernel bpf-coverage
 
 help:  ## this list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -58,6 +58,11 @@ test-%: setup  ## the tests of one folder: make test-unit, test-bpf, test-netns,
 soak: setup  ## an hour of random moves, changes and faults against a reference model (root); SOAK_MINUTES=, SEED=, STEPS=, ONLY=3,7
 	@$(BIN)/python -m tests.soak.run $(if $(SEED),--seed $(SEED)) $(if $(STEPS),--steps $(STEPS)) $(if $(ONLY),--only $(ONLY)) \
 		$(if $(SOAK_MINUTES),--minutes $(SOAK_MINUTES))
+
+matrix: setup  ## the whole crash matrix, and its table in docs/reliability.md (root; hours); MATRIX=cover or 2/50 for a part
+	@mkdir -p .cache && rm -f .cache/matrix.jsonl
+	-@MATRIX=$(or $(MATRIX),full) MATRIX_RESULTS=.cache/matrix.jsonl $(BIN)/python -m pytest tests/netns/test_matrix.py -q $(ARGS)
+	@tools/crash_matrix.py .cache/matrix.jsonl
 
 test-oldest-kernel: setup  ## the same on Linux 6.1 in an emulated machine, slowly: ARGS="tests/bpf -k uplink"
 	@tools/oldest_kernel.py $(BIN)/python -m pytest -p no:cacheprovider $(or $(ARGS),tests/netns/test_driver_forward.py)
