@@ -158,8 +158,15 @@ def test_families_do_not_mix(ports: Ports) -> None:
     port = ports([rule(1, "from", remote=["0.0.0.0/0"])])
     assert port.udp(FROM) == MODEL.DROP_NONE
     assert port.udp(FROM, v6=True) == MODEL.DROP_POLICY
-    port.set_policy([rule(1, "from", remote=["::/0"])])
-    assert port.udp(FROM, 5, v6=True) == MODEL.DROP_NONE
+    for prefix in ("::/0", "::/64"):
+        port = ports([rule(1, "from", remote=[prefix])])
+        assert port.udp(FROM) == MODEL.DROP_POLICY
+        assert port.udp(FROM, 5, v6=True) == (MODEL.DROP_NONE if prefix == "::/0" else MODEL.DROP_POLICY)
+    port.set_policy([rule(1, "from", remote=["::/0", "192.0.2.9/32"])])
+    assert port.udp(FROM, 6) == MODEL.DROP_NONE
+    assert port.udp(FROM, 7, peer="192.0.2.10") == MODEL.DROP_POLICY
+    port.set_policy([rule(1, "from")])
+    assert port.udp(FROM, 8) == port.udp(FROM, 8, v6=True) == MODEL.DROP_NONE
 
 
 def test_destination_port_is_the_openers(ports: Ports) -> None:

@@ -32,6 +32,7 @@ V4_MAPPED = 0xFFFF << 32
 
 Range = tuple[int, int]  # first, last; both included
 Prefix = tuple[int, int, int]  # direction, 128-bit address, length
+ALL_IPV6, ALL_IPV4 = (0, 0), (V4_MAPPED, 96)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _merged(ranges: Iterable[Range]) -> list[Range]:
 def _prefixes(rule: Record) -> list[Prefix]:
     direction = DIRECTIONS[rule["direction"]]
     if not rule["remote"]:
-        return [(direction, 0, 0)]
+        return [(direction, *ALL_IPV6), (direction, *ALL_IPV4)]
     return [(direction, *_mapped(text)) for text in rule["remote"]]
 
 
@@ -170,7 +171,13 @@ def _mapped(text: str) -> tuple[int, int]:
     network = ipaddress.ip_network(text, strict=False)
     if network.version == 4:
         return V4_MAPPED | int(network.network_address), 96 + network.prefixlen
+    if _is_ipv4(int(network.network_address), network.prefixlen):
+        raise ValueError(f"prefix {text} is of IPv4 addresses: written as IPv6 no frame has them")
     return int(network.network_address), network.prefixlen
+
+
+def _is_ipv4(address: int, length: int) -> bool:
+    return length >= 96 and address >> 32 == 0xFFFF
 
 
 def compile_rules(rules: Sequence[Record]) -> Compiled:
@@ -209,8 +216,11 @@ def _set(row: NDArray[np.uint64], ranks: Sequence[int]) -> None:
 
 
 def _compile_prefixes(ranked: Sequence[Record], rows: _Rows) -> list[tuple[int, int, int, int]]:
-    """(direction, address, length, row) of every prefix; a prefix inherits the rules of those that contain it."""
-    owners: dict[Prefix, list[int]] = {}
+    """(direction, address, length, row) of every prefix; a prefix inherits the rules of those that contain it.
+
+    But for IPv4's, which lie within an IPv6 prefix like ::/0 by their form and are none of its addresses.
+    """
+    owners: dict[Prefix, list[int]] = {(direction, *ALL_IPV4): [] for direction in DIRECTIONS.values()}
     for rank, rule in enumerate(ranked):
         for prefix in _prefixes(rule):
             owners.setdefault(prefix, []).append(rank)
@@ -219,7 +229,8 @@ def _compile_prefixes(ranked: Sequence[Record], rows: _Rows) -> list[tuple[int, 
     for prefix in sorted(owners):  # by direction, address, length: whoever contains comes before
         while around and not _contains(around[-1][0], prefix):
             around.pop()
-        row = around[-1][1].copy() if around else np.zeros(rows.words, np.uint64)
+        inherits = around and _is_ipv4(*around[-1][0][1:]) == _is_ipv4(*prefix[1:])
+        row = around[-1][1].copy() if inherits else np.zeros(rows.words, np.uint64)
         _set(row, owners[prefix])
         around.append((prefix, row))
         compiled.append((*prefix, rows.add(row)))
