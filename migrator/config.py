@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -26,12 +27,14 @@ VNI_MAX = (1 << 24) - 1  # RFC 7348
 MTU_MIN = 68  # RFC 791
 MTU_MAX = 65521  # a tap's largest
 MTU_DEFAULT = 1500  # of a network that names none
+SHOWN_MAX = 200  # characters of a wrong value in an error,
+LABEL_MAX = 64  # and of the name of what it is in
 DEVICE_LENGTH_MAX = 15  # IFNAMSIZ without its terminator
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
-_PORTS = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
-_ICMP = re.compile(r"(\d{1,3})(?:/(\d{1,3}))?")
+_PORTS = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
+_ICMP = re.compile(r"(\d{1,3})(?:/(\d{1,3}))?", re.ASCII)
 _PLACEHOLDER = re.compile(r"\{([^}]*)\}")
 
 
@@ -59,9 +62,12 @@ def _mac(value: str) -> str:
 
 def _prefix(value: str) -> str:
     try:
-        return str(ipaddress.ip_network(value))
+        network = ipaddress.ip_network(value)
     except ValueError as error:
         raise ValueError(f"expected a prefix such as 192.0.2.0/24 or 2001:db8::/32: {error}") from None
+    if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped and network.prefixlen >= 96:
+        raise ValueError("expected a prefix of IPv4 addresses as 192.0.2.0/24: no frame has the other form")
+    return str(network)
 
 
 def _remote(value: str) -> str:
@@ -70,9 +76,11 @@ def _remote(value: str) -> str:
 
 def _address(value: str) -> str:
     try:
+        if "%" in value:  # ipaddress takes a zone, which is a name of this host
+            raise ValueError
         return str(ipaddress.ip_address(value))
     except ValueError:
-        raise ValueError("expected an IPv4 or IPv6 address without a prefix length") from None
+        raise ValueError("expected an IPv4 or IPv6 address without a prefix length or a zone") from None
 
 
 def _ports(value: str) -> str:
@@ -203,8 +211,7 @@ class Policy(_Model):
 
     @model_validator(mode="after")
     def _ids_differ(self) -> Policy:
-        ids = [rule.id for rule in self.rules if rule.id]
-        twice = {number for number in ids if ids.count(number) > 1} if len(set(ids)) != len(ids) else ()
+        twice = [number for number, count in Counter(rule.id for rule in self.rules).items() if number and count > 1]
         if twice:
             raise ValueError(f"rule id {min(twice)} is given twice")
         return self
@@ -297,18 +304,27 @@ def reason(error: Mapping[str, Any]) -> str:
     """One line of a pydantic error, with what was given."""
     text = str(error["msg"]).removeprefix("Value error, ")
     given = error.get("input")
-    return f"{text}, not {given!r}" if isinstance(given, str | int | float) else text
+    return f"{text}, not {_shown(given)}" if isinstance(given, str | int | float) else text
+
+
+def _shown(value: str | float) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
 
 
 def where(body: Any, path: tuple[int | str, ...]) -> str:
     """Name of a field for people: `ports[0] (52:54:…) .addresses[1]` says which object it is by its name or MAC."""
     words: list[str] = []
     for step in path:
-        words.append(f"[{step}]" if isinstance(step, int) else f".{step}" if words else str(step))
+        name = step if isinstance(step, int) else step[:LABEL_MAX]
+        words.append(f"[{name}]" if isinstance(name, int) else f".{name}" if words else name)
         body = _child(body, step)
         label = body.get("name") or body.get("mac") if isinstance(body, dict) else None
-        if isinstance(step, int) and label:
-            words.append(f" ({label}) ")
+        if isinstance(step, int) and isinstance(label, str) and label:
+            words.append(f" ({label[:LABEL_MAX]}) ")
     return "".join(words).replace(" .", " ").strip() or "document"
 
 

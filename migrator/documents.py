@@ -14,12 +14,21 @@ from migrator.config import Config, reason, where
 from migrator.errors import ConfigInvalid
 
 Model = TypeVar("Model", bound=BaseModel)
+_TOO_DEEP = "lists and mappings are nested too deeply"
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema. YAML 1.1 reads 52:54:00:12:34:56 as a number to base 60 and `no` as a truth value."""
 
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        """YAML 1.1 reads 010 as 8."""
+        text = node.value
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        return int(text if base == 10 else text[2:], base)
 
+
+_TAG = "tag:yaml.org,2002:"
+_SCALARS: dict[str, re.Pattern[str]] = {}
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -27,7 +36,10 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+    _SCALARS[_TAG + _tag] = re.compile(rf"(?:{_pattern})\Z")
+    _Loader.add_implicit_resolver(_TAG + _tag, _SCALARS[_TAG + _tag], list(_first))
+_Loader.add_constructor(f"{_TAG}int", _Loader.construct_integer)
+_TAGS = frozenset({*_SCALARS, *(_TAG + _tag for _tag in ("str", "seq", "map"))})
 
 
 def read_documents(text: str, name: str) -> Config:
@@ -47,7 +59,9 @@ def read_toml(text: str, name: str) -> dict[str, Any]:
     """A TOML text as a mapping. Raises ConfigInvalid with the line."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ConfigInvalid(f"{name}: {_TOO_DEEP}") from None
+    except ValueError as error:  # a TOMLDecodeError, or a number of thousands of digits
         raise ConfigInvalid(f"{name}: {error}") from None
 
 
@@ -64,39 +78,58 @@ def validate(model: type[Model], body: Any, name: str, node: yaml.Node | None = 
 
 
 def _read_yaml(text: str, name: str) -> Iterator[tuple[Any, yaml.Node]]:
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)  # looks for characters that no document may have
         while loader.check_node():
             node = loader.get_node()
             if node is not None:
-                _refuse_twins(node, name)
+                _check_nodes(node, name)
                 yield loader.construct_document(node), node
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigInvalid(f"{name}{line}: {error.problem or error.context}") from None
+    except RecursionError:
+        raise ConfigInvalid(f"{name}: {_TOO_DEEP}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigInvalid(f"{name}: {' '.join(str(error).split())}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
-def _refuse_twins(node: yaml.Node, name: str) -> None:
-    """YAML's parser takes the last of two equal keys in silence."""
+def _check_nodes(node: yaml.Node, name: str) -> None:
+    """Raises ConfigInvalid for what YAML's parser takes in silence, or cannot take."""
     pending, seen_nodes = [node], set()
     while pending:
         node = pending.pop()
         if id(node) in seen_nodes:
             continue
         seen_nodes.add(id(node))
+        _refuse_tags(node, name)
         if isinstance(node, yaml.SequenceNode):
             pending += node.value
-        if not isinstance(node, yaml.MappingNode):
-            continue
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = [key for key, _ in node.value if keys.count(key.value) > 1]
-        if twice:
-            raise ConfigInvalid(f"{name}:{twice[-1].start_mark.line + 1}: key {twice[-1].value!r} is given twice")
-        pending += [value for _, value in node.value]
+        if isinstance(node, yaml.MappingNode):
+            _refuse_twins(node, name)
+            pending += [part for entry in node.value for part in entry]
+
+
+def _refuse_tags(node: yaml.Node, name: str) -> None:
+    """No tag but the core schema's, and none on what it does not fit: `!!timestamp`, `!!int seven`."""
+    scalar = _SCALARS.get(node.tag)
+    fits = scalar is None or (isinstance(node, yaml.ScalarNode) and scalar.match(node.value))
+    if node.tag not in _TAGS or not fits:
+        shown = node.tag.replace(_TAG, "!!")[:40]
+        raise ConfigInvalid(f"{name}:{node.start_mark.line + 1}: the tag {shown} does not fit here")
+
+
+def _refuse_twins(node: yaml.MappingNode, name: str) -> None:
+    """YAML's parser takes the last of two equal keys."""
+    seen: set[str] = set()
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        if key.value in seen:
+            raise ConfigInvalid(f"{name}:{key.start_mark.line + 1}: key {key.value!r} is given twice")
+        seen.add(key.value)
 
 
 def _line(node: yaml.Node | None, path: Sequence[int | str]) -> str:

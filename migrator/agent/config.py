@@ -93,11 +93,13 @@ def read_config(path: Path) -> AgentConfig:
         return AgentConfig.model_validate(tomllib.loads(path.read_text()))
     except OSError as error:
         raise ConfigInvalid(f"{path}: {error.strerror}", hint="give the agent's file with --config") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigInvalid(f"{path}: {error}", hint="the file has to be TOML") from error
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(p) for p in e['loc']) or 'file'}: {e['msg'].removeprefix('Value error, ')}"
             for e in error.errors()
         )
         raise ConfigInvalid(f"{path}: {problems}", hint="docs/operations.md lists the keys") from error
+    except RecursionError as error:
+        raise ConfigInvalid(f"{path}: lists and tables are nested too deeply") from error
+    except ValueError as error:  # a TOMLDecodeError, no UTF-8, or a number of thousands of digits
+        raise ConfigInvalid(f"{path}: {error}", hint="the file has to be TOML") from error

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from migrator import config
 from migrator._pb import migrator_pb2 as pb
+from migrator.agent.config import read_config
 from migrator.documents import read_documents
 from migrator.errors import ConfigInvalid
 
@@ -153,3 +157,59 @@ def test_toml_reads_the_same() -> None:
     text = f"[[policies]]\nname = 'web'\n[[policies.rules]]\n{rule_text}"
     rule = read_documents(text, "a.toml").policies[0].rules[0]
     assert (rule.ports, rule.priority) == (["443"], 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "networks: \0"),
+        ("a.yaml", "[" * 100_000),
+        ("a.yaml", "{a: " * 5000),
+        ("a.yaml", "networks: [{name: !!timestamp x, kind: local}]"),
+        ("a.yaml", "networks: [{name: a, kind: local, vlan: !!int seven}]"),
+        ("a.yaml", "networks: [{name: a, kind: local, vlan: !!int ''}]"),
+        ("a.yaml", "ports: [{learning: !!bool perhaps}]"),
+        ("a.yaml", "networks: &a [{name: a, kind: local, !!merge <<: {mtu: 1400}}]"),
+        ("a.yaml", "networks: !!set {a, b}"),
+        ("a.yaml", f"networks: [{{name: a, kind: local, vlan: 0x{'f' * 5000}}}]"),
+        ("a.yaml", f"networks: [{{name: a, kind: local, vlan: {'9' * 5000}}}]"),
+        ("a.yaml", f"networks: [{{name: {'x' * 100_000}, kind: local}}]"),
+        ("a.yaml", "networks: &a [*a]"),
+        ("a.toml", "a = " + "[" * 100_000),
+        ("a.toml", f"networks = {'9' * 5000}"),
+        ("a.toml", f"networks = [{{name = 'a', kind = 'local', vlan = 0x{'f' * 5000}}}]"),
+        ("a.toml", "networks = '\0'"),
+    ],
+)
+def test_texts_that_mean_harm_are_refused_in_a_line(name: str, text: str) -> None:
+    with pytest.raises(ConfigInvalid) as caught:
+        read_documents(text, name)
+    assert len(str(caught.value)) < 1000
+
+
+def test_numbers_are_those_of_yaml_1_2() -> None:
+    (network,) = read_documents(
+        "networks: [{name: a, kind: uplink, vlan: 010, mtu: 0x5dc, ageing_s: 0o17}]", "a.yaml"
+    ).networks
+    assert (network.vlan, network.mtu, network.ageing_s) == (10, 1500, 15)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "\0", "a = 0x" + "f" * 5000])
+def test_an_agents_file_that_means_harm_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "agent.toml"
+    path.write_text(f"a = {text}")
+    with pytest.raises(ConfigInvalid):
+        read_config(path)
+
+
+def test_many_rules_that_share_an_id_are_refused_soon() -> None:
+    """In a time that grows with their number: 200,000 in one message took hours."""
+    rules = [{"direction": "to", "action": "allow", "id": 7}] * 20_000
+    with pytest.raises(ValidationError, match="rule id 7 is given twice"):
+        config.Policy.model_validate({"name": "a", "rules": rules})
+
+
+@pytest.mark.parametrize("prefix", ["::ffff:192.0.2.0/120", "::ffff:0:0/96"])
+def test_a_prefix_of_ipv4_addresses_is_written_as_one(prefix: str) -> None:
+    with pytest.raises(ValidationError, match="prefix of IPv4"):
+        config.AddressSet.model_validate({"name": "a", "prefixes": [prefix]})
