@@ -31,7 +31,8 @@ def test_ipv4_options(ports: Ports, options: bytes) -> None:
         [DESTINATION],
         [HOP_BY_HOP, ROUTING, DESTINATION],
         [HOP_BY_HOP, DESTINATION, ROUTING, FRAGMENT],
-        [DESTINATION] * 7,
+        [DESTINATION] * 8,
+        [DESTINATION] * 7 + [FRAGMENT],
     ],
 )
 def test_ipv6_extension_headers(ports: Ports, chain: list[int]) -> None:
@@ -45,9 +46,11 @@ def test_ipv6_extension_headers(ports: Ports, chain: list[int]) -> None:
     assert port.table.keys() == [port.key(TCP, v6=True)]
 
 
-def test_too_many_extension_headers(ports: Ports) -> None:
+@pytest.mark.parametrize("last", [extension(TCP), extension(FRAGMENT) + fragment(TCP, 8, False, 9)])
+def test_too_many_extension_headers(ports: Ports, last: bytes) -> None:
     port = ports(BOTH)
-    body = b"".join([extension(DESTINATION)] * 8) + extension(TCP) + tcp(40000, 80, SYN)
+    count = 8 if len(last) == 8 else 7
+    body = b"".join([extension(DESTINATION)] * count) + last + tcp(40000, 80, SYN)
     assert port.send(FROM, wrap(FROM, frames.ipv6(*pair(FROM, True), DESTINATION, body))) == MODEL.DROP_MALFORMED
 
 
@@ -92,6 +95,8 @@ MALFORMED = {
     "header length 16": wrap(FROM, b"\x44" + GOOD[1:]),
     "TCP header length 16": wrap(FROM, v4(FROM, TCP, SEGMENT[:12] + b"\x40" + SEGMENT[13:])),
     "TCP header length 60": wrap(FROM, v4(FROM, TCP, SEGMENT[:12] + b"\xf0" + SEGMENT[13:])),
+    "ICMPv6 in IPv4": wrap(FROM, v4(FROM, frames.ICMP6, bytes([143]) + bytes(23))),
+    "ICMP in IPv6": wrap(FROM, frames.ipv6(*pair(FROM, True), ICMP, bytes([8]) + bytes(23))),
     "UDP header of 4": wrap(FROM, v4(FROM, UDP, bytes(4))),
     "ICMP header of 4": wrap(FROM, v4(FROM, ICMP, bytes(4))),
     "first fragment without flags": wrap(FROM, v4(FROM, TCP, SEGMENT[:8], offset=MORE)),

@@ -30,9 +30,6 @@ Ports = Callable[..., Probe]
         (FROM, 137, 255, False),
         (TO, 135, 64, False),  # was routed
         (TO, 134, 254, False),
-        (FROM, 143, 1, True),  # listener reports and queries
-        (FROM, 131, 1, True),
-        (TO, 130, 1, True),
     ],
 )
 def test_discovery(ports: Ports, direction: int, kind: int, hops: int, passes: bool) -> None:
@@ -40,6 +37,25 @@ def test_discovery(ports: Ports, direction: int, kind: int, hops: int, passes: b
     packet = frames.ipv6(*pair(direction, True), ICMP6, icmp(kind) + bytes(16), hops)
     expected = MODEL.DROP_NONE if passes else MODEL.DROP_POLICY
     assert port.send(direction, wrap(direction, packet)) == expected
+    assert port.table.keys() == []
+
+
+@pytest.mark.parametrize(("direction", "kind"), [(FROM, 143), (FROM, 131), (FROM, 132), (TO, 130), (TO, 143)])
+@pytest.mark.parametrize(
+    ("sender", "hops", "passes"),
+    [
+        ("fe80::9", 1, True),
+        ("::", 1, True),  # before it has an address
+        ("2001:db8:f::9", 1, False),  # from anywhere, with a hop limit that was counted off
+        ("fe80::9", 64, False),
+    ],
+)
+def test_listener_messages_are_of_this_link(
+    ports: Ports, direction: int, kind: int, sender: str, hops: int, passes: bool
+) -> None:
+    port = ports([])
+    packet = frames.ipv6(sender, "2001:db8::1" if direction else "ff02::16", ICMP6, icmp(kind) + bytes(16), hops)
+    assert port.send(direction, wrap(direction, packet)) == (MODEL.DROP_NONE if passes else MODEL.DROP_POLICY)
     assert port.table.keys() == []
 
 

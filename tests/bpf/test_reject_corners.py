@@ -42,11 +42,19 @@ def drop(lab: Lab, frame: bytes) -> dict[int, int]:
         v4(FROM, UDP, DATAGRAM, options=b"\1\1\1\0"),
         frames.ipv4("0.0.0.0", PEER, UDP, DATAGRAM),
         frames.ipv4("224.0.0.1", PEER, UDP, DATAGRAM),
+        frames.ipv4("127.0.0.1", PEER, UDP, DATAGRAM),
         frames.ipv4(GUEST, PEER, GRE, bytes(4)),
+        frames.ipv4(GUEST, "224.0.0.1", UDP, DATAGRAM),  # RFC 1122, 3.2.2: and whose would the answer be?
+        frames.ipv4(GUEST, "255.255.255.255", UDP, DATAGRAM),
+        frames.ipv6(GUEST6, "ff02::1", UDP, DATAGRAM),
+        frames.ipv6(GUEST6, "::", UDP, DATAGRAM),
     ],
-    ids=["extension", "multicast6", "unspecified6", "options", "unspecified", "multicast", "too short"],
+    ids=[
+        *("extension", "multicast6", "unspecified6", "options", "unspecified", "multicast", "loopback", "too short"),
+        *("to multicast", "to broadcast", "to multicast6", "to unspecified6"),
+    ],
 )
-def test_no_answer_to_a_sender_that_cannot_be_told(lab: Lab, packet: bytes) -> None:
+def test_no_answer_where_there_are_no_two_stations(lab: Lab, packet: bytes) -> None:
     wires = guarded(lab)
     assert drop(lab, framed(packet)) == {MODEL.DROP_REJECT: 1}
     assert [wire.waiting() for wire in wires] == [[], []]

@@ -47,6 +47,12 @@ struct ipv6_fragment { /* RFC 8200, 4.5 */
 	__be32 id;
 };
 
+static __always_inline int ipv6_is_extension(__u8 proto)
+{
+	return proto == IPPROTO_HOPOPTS || proto == IPPROTO_ROUTING || proto == IPPROTO_DSTOPTS ||
+	       proto == IPPROTO_FRAGMENT;
+}
+
 /* Walks the extension headers from pkt->l4_offset on. Behind the fragment header of a fragmented packet no further
  * extension header is followed: later fragments could not be told apart. */
 static __always_inline int parse_ipv6_extensions(struct __sk_buff *skb, struct packet *pkt)
@@ -84,7 +90,7 @@ static __always_inline int parse_ipv6_extensions(struct __sk_buff *skb, struct p
 			return DROP_NONE;
 		}
 	}
-	return DROP_MALFORMED;
+	return ipv6_is_extension(pkt->proto) ? DROP_MALFORMED : DROP_NONE;
 }
 
 static __always_inline __u32 parse_ipv6(struct __sk_buff *skb, struct packet *pkt, int direction)

@@ -5,7 +5,7 @@
  * Without a connection:
  *  - What is not IP passes; anti-spoofing is the caller's.
  *  - Frames to a group MAC have many receivers and no reply to their sender's port: each is judged by the policy alone.
- *  - Neighbour discovery and multicast listener messages pass, as ARP does; a router's messages from the guest do not.
+ *  - Neighbour discovery and multicast listener messages of this link pass, as ARP does; but a guest is no router.
  *  - DHCP answers to the guest pass: they come from a server to an address that asked by broadcast.
  */
 #pragma once
@@ -15,15 +15,18 @@
 #include "reject.h"
 #include "related.h"
 
-/* RFC 4861 (hop limit 255: not routed), RFC 2710, RFC 3810 */
+/* What no router passes on, so that nobody beyond this link speaks past the policy: by the hop limit (RFC 4861, 7.1);
+ * listener messages, which anybody can let arrive with 1, by the sender's address (RFC 2710, 3, RFC 3590, RFC 3810, 5).
+ */
 static __always_inline int judge_is_discovery(const struct packet *pkt, int direction)
 {
+	const __be32 *sender = direction == FROM_GUEST ? pkt->laddr : pkt->raddr;
 	__u8 type = pkt->icmp_type;
 
 	if (pkt->proto != IPPROTO_ICMPV6)
 		return 0;
 	if ((type >= 130 && type <= 132) || type == 143)
-		return 1;
+		return pkt->hops == 1 && (addr_is_link_local(sender) || addr_is_zero(sender));
 	if (type == 134 || type == 137) /* router advertisement, redirect */
 		return direction == TO_GUEST && pkt->hops == 255;
 	return type >= 133 && type <= 136 && pkt->hops == 255;

@@ -97,9 +97,9 @@ static __always_inline void parse_wire(struct __sk_buff *skb, struct packet *pkt
 /*
  * Fills `pkt` (which the caller has zeroed) for the frame at skb->data; `direction` is FROM_GUEST or TO_GUEST.
  * Changes nothing of the frame. Returns enum drop_reason: DROP_NONE, or DROP_MALFORMED for a frame that is cut off,
- * lies about its length, wears a SNAP header, has a v4-mapped IPv6 address or more than IPV6_EXTENSIONS_MAX extension
- * headers, or is a first fragment without its whole transport header (RFC 1858, RFC 7112). Global, so that it is
- * verified once.
+ * lies about its length, wears a SNAP header, has a v4-mapped IPv6 address, the other family's ICMP or more than
+ * IPV6_EXTENSIONS_MAX extension headers, or is a first fragment without its whole transport header (RFC 1858, RFC
+ * 7112). Global, so that it is verified once.
  */
 __noinline int parse(struct __sk_buff *skb, struct packet *pkt, int direction)
 {
@@ -117,6 +117,9 @@ __noinline int parse(struct __sk_buff *skb, struct packet *pkt, int direction)
 	}
 	bytes = pkt->l3 == L3_IPV4 ? parse_ipv4(skb, pkt, direction) : parse_ipv6(skb, pkt, direction);
 	if (!bytes || bytes > present || pkt->l4_offset - pkt->l3_offset > bytes)
+		return DROP_MALFORMED;
+	/* in the other family it is of no protocol stack, and here it would pass for what it is in its own */
+	if (pkt->proto == (pkt->l3 == L3_IPV4 ? IPPROTO_ICMPV6 : IPPROTO_ICMP))
 		return DROP_MALFORMED;
 	if (pkt->fragment != FRAGMENT_LATER) {
 		transport = parse_transport(skb, pkt, direction);

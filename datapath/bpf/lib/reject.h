@@ -33,22 +33,28 @@ static __always_inline int reject_within_limit(__u32 slot)
 	return limit_take(due, REJECT_INTERVAL_NS, REJECT_BURST_NS);
 }
 
-/* Only what has one sender that understands: no group, no error about an error, no reset of a reset, no options or
- * extension headers in between. */
-static __always_inline int reject_is_answerable(const struct packet *pkt, int direction)
+/* An address that is one station's: RFC 1122, 3.2.2; RFC 4443, 2.4. */
+static __always_inline int reject_is_station(const struct packet *pkt, const __be32 addr[4])
 {
-	const __be32 *sender = direction == FROM_GUEST ? pkt->laddr : pkt->raddr;
-	__u8 first = *(const __u8 *)sender;
+	__u8 first = *(const __u8 *)(pkt->l3 == L3_IPV6 ? &addr[0] : &addr[3]);
+
+	if (pkt->l3 == L3_IPV6)
+		return first != 0xff && !addr_is_zero(addr);
+	return first && first != 127 && first < 224;
+}
+
+/* Only what has one sender that understands, and one receiver whose answer it could be: no group, no error about an
+ * error, no reset of a reset, no options or extension headers in between. */
+static __always_inline int reject_is_answerable(const struct packet *pkt)
+{
+	__u32 header = pkt->l3 == L3_IPV6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
 
 	if (pkt->group || pkt->fragment == FRAGMENT_LATER || packet_is_icmp_error(pkt))
 		return 0;
 	if (pkt->proto == IPPROTO_TCP && pkt->tcp_flags & TCP_RST)
 		return 0;
-	if (pkt->l3 == L3_IPV6)
-		return pkt->l4_offset - pkt->l3_offset == sizeof(struct ipv6hdr) && first != 0xff &&
-		       (sender[0] | sender[1] | sender[2] | sender[3]);
-	first = *(const __u8 *)&sender[3];
-	return pkt->l4_offset - pkt->l3_offset == sizeof(struct iphdr) && first && first < 224;
+	return pkt->l4_offset - pkt->l3_offset == header && reject_is_station(pkt, pkt->laddr) &&
+	       reject_is_station(pkt, pkt->raddr);
 }
 
 static __always_inline int reject_swap_macs(struct __sk_buff *skb)
@@ -70,7 +76,7 @@ __noinline int reject(struct __sk_buff *skb, struct port *port, struct packet *p
 
 	if (!port || !pkt || !port->ifindex)
 		return 0;
-	if (!reject_is_answerable(pkt, direction) || !reject_within_limit(port->slot))
+	if (!reject_is_answerable(pkt) || !reject_within_limit(port->slot))
 		return 0;
 	failed = pkt->proto == IPPROTO_TCP ? answer_reset(skb, pkt, direction) : answer_error(skb, pkt, direction);
 	if (failed || reject_swap_macs(skb))
