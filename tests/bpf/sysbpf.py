@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import struct
 from dataclasses import dataclass
@@ -142,6 +143,7 @@ def _map_info(fd: int) -> bytes:
     return info.raw
 
 
+@functools.cache
 def _possible_cpus() -> int:
     return int(Path("/sys/devices/system/cpu/possible").read_text().strip().split("-")[-1]) + 1
 
