@@ -15,8 +15,8 @@ from .beside import Beside, Scenario, scenario, shortest
 from .harness import Switch
 from .lab import Lab
 
-FRAMES = 250  # of a scenario
-SCENARIOS = 20  # of a test
+FRAMES = 1000  # of a scenario
+SCENARIOS = 5  # of a test
 
 
 @pytest.fixture(scope="module")
