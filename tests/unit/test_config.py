@@ -163,7 +163,7 @@ def test_toml_reads_the_same() -> None:
     ("name", "text"),
     [
         ("a.yaml", "networks: \0"),
-        ("a.yaml", "[" * 100_000),
+        ("a.yaml", "[" * 5000),
         ("a.yaml", "{a: " * 5000),
         ("a.yaml", "networks: [{name: !!timestamp x, kind: local}]"),
         ("a.yaml", "networks: [{name: a, kind: local, vlan: !!int seven}]"),
