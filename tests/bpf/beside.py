@@ -46,7 +46,7 @@ def scenario(seed: int, length: int) -> Scenario:
     chance = random.Random(seed)
     setting = Setting(
         mac=mac_bytes(GUEST_MAC),
-        addresses=frozenset(address(text) for text in OWN),
+        addresses=frozenset(address(text) for text in (*OWN, *chance.choice([(), (), ("fe80::1",)]))),
         policies=generated.policies(chance),
         antispoof=chance.random() < 0.7,
         learning=chance.random() < 0.2,
@@ -115,7 +115,8 @@ class Beside:
             switch.put("trunks", MODEL.trunk_key(slot=SLOT, vid=vid), 2)
         for where, slot in ((GUEST_MAC, SLOT), (PEER_MAC, OTHER)):
             self.lab.place(where, MODEL.L2_PORT, slot, flags=MODEL.L2_F_LOCATION)
-        for own in setting.addresses:
+        named = {address("fe80::")} if address("fe80::1") in setting.addresses else set()  # as the driver says so
+        for own in setting.addresses | named:
             switch.put("addresses", struct.pack("=I", SLOT) + own, 1)
         if setting.policies is not self._policies:
             self._policies = setting.policies

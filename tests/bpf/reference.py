@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .rules import matches
-from .segments import Malformed, Packet, parse
+from .segments import Malformed, Packet, is_link_local, parse
 
 FROM, TO = 0, 1
 NONE, SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE, SYN_SENT2 = range(10)
@@ -153,6 +153,11 @@ class Reference:
     def _owned(self, address: bytes) -> bool:
         return address in self.setting.addresses
 
+    def _own_link_local(self, address: bytes) -> bool:
+        """Guests make theirs up (RFC 7217), unless the port's addresses name one."""
+        named = any(is_link_local(own) for own in self.setting.addresses)
+        return is_link_local(address) and (self._owned(address) or not named)
+
     def _spoofed(self, packet: Packet, source: bytes) -> str:
         if source != self.setting.mac:
             return "spoof-mac"
@@ -173,7 +178,7 @@ class Reference:
             first_type = packet.icmp_type if packet.proto == ICMPV6 else -1
             if first_type not in (131, 132, 133, 135, 143):
                 return "spoof-address"
-        elif not _is_link_local(packet.laddr) and not self._owned(packet.laddr):
+        elif not self._own_link_local(packet.laddr) and not self._owned(packet.laddr):
             return "spoof-address"
         return self._spoofed_nd(packet, source, probe=packet.laddr == ZERO) if 133 <= kind <= 137 else ""
 
@@ -187,7 +192,7 @@ class Reference:
             return "spoof-nd"
         target = body[8:24]
         claims = kind == 136 or probe
-        if claims and not _is_link_local(target) and not self._owned(target):
+        if claims and not self._own_link_local(target) and not self._owned(target):
             return "spoof-nd"
         return "" if _options_name(body[24:], source) else "spoof-nd"
 
@@ -362,18 +367,13 @@ def _options_name(options: bytes, source: bytes) -> bool:
     return False
 
 
-def _is_link_local(address: bytes) -> bool:
-    """RFC 4291, 2.5.6: fe80::/10"""
-    return address[0] == 0xFE and address[1] & 0xC0 == 0x80
-
-
 def _is_discovery(packet: Packet, direction: int) -> bool:
     """What may pass without a policy because no router passes it on: it is of this link."""
     if packet.family != 6 or packet.proto != ICMPV6:
         return False
     sender = packet.laddr if direction == FROM else packet.raddr
     if packet.icmp_type in (130, 131, 132, 143):  # RFC 2710, 3; RFC 3590; RFC 3810, 5
-        return packet.hops == 1 and (_is_link_local(sender) or sender == ZERO)
+        return packet.hops == 1 and (is_link_local(sender) or sender == ZERO)
     if packet.icmp_type in (134, 137):
         return packet.hops == 255 and direction == TO
     return packet.icmp_type in (133, 135, 136) and packet.hops == 255  # RFC 4861

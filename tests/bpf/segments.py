@@ -99,6 +99,8 @@ def parse(frame: bytes, direction: int, gso_size: int = 0, tags: int = 0) -> Pac
             raise Malformed
         at, kind = 18, int.from_bytes(frame[16:18])
     rest = frame[at:]
+    if kind < 0x600 and rest[:2] == b"\xaa\xaa" and rest[3:6] in (bytes(3), b"\0\0\xf8"):
+        raise Malformed  # a type behind SNAP (RFC 1042, IEEE 802.1H) is no way around those who look at types
     packet.network_at = at
     packet.wire_bytes, packet.wire_frame_bytes = len(rest), len(frame)
     if kind in (0x0806, 0x8035):
@@ -225,3 +227,8 @@ def _transport(packet: Packet, data: bytes, direction: int) -> int:
         raise Malformed
     packet.tcp_flags = data[13]
     return (data[12] >> 4) * 4
+
+
+def is_link_local(address: bytes) -> bool:
+    """RFC 4291, 2.5.6: fe80::/10"""
+    return address[0] == 0xFE and address[1] & 0xC0 == 0x80
