@@ -8,12 +8,12 @@ BPF := datapath/bpf/switch.bpf.o
 BPF_SOURCES := $(wildcard datapath/bpf/*.bpf.c datapath/bpf/lib/*.h)
 LOCK := hooks/lock/migrator.so
 LOCK_SOURCES := $(wildcard hooks/lock/*.[ch])
-GUEST := $(wildcard tests/libvirt/guest/*.[ch])
-TESTS := tests/unit tests/contract tests/bpf tests/netns tests/soak
+TEST_SOURCES := $(wildcard tests/libvirt/guest/*.[ch] tests/fuzz/*.c)
+TESTS := tests/unit tests/fuzz tests/contract tests/bpf tests/netns tests/soak
 GUEST_TESTS := $(addprefix tests/libvirt/,test_lab.py test_migrate.py test_loop.py)
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
-.PHONY: help setup packages test matrix soak lint demo bench build generate bpf lock-driver clean lock format audit test-% test-oldest-kernel bpf-coverage
+.PHONY: help setup packages test matrix soak fuzz lint demo bench build generate bpf lock-driver clean lock format audit test-% test-oldest-kernel bpf-coverage
 
 help:  ## this list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -70,6 +70,9 @@ test-oldest-kernel: setup  ## the same on Linux 6.1 in an emulated machine, slow
 bpf-coverage: setup  ## which branches of the BPF programs the tests take (root); ARGS="--keep DIR" for llvm-cov
 	@$(BIN)/python tools/bpf_coverage.py $(ARGS)
 
+fuzz: setup  ## search for input that breaks a reader; FUZZ_SECONDS=60 for each target, T=one of them (root for T=packets)
+	@$(BIN)/python -m tests.fuzz --seconds $(or $(FUZZ_SECONDS),60) $(T) $(ARGS)
+
 demo: setup  ## move a VM between two hosts under traffic and show what happened (root); JSON=1, PLOT=file.svg
 	@$(BIN)/migrator demo $(if $(JSON),--json) $(if $(PLOT),--plot $(PLOT))
 
@@ -81,12 +84,12 @@ lint: setup  ## ruff, mypy, layers, C format, house rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
-	@$(BIN)/clang-format --dry-run --Werror datapath/bpf/*.bpf.c datapath/bpf/lib/*.h $(GUEST) $(LOCK_SOURCES)
+	@$(BIN)/clang-format --dry-run --Werror datapath/bpf/*.bpf.c datapath/bpf/lib/*.h $(TEST_SOURCES) $(LOCK_SOURCES)
 	@tools/houserules
 
 format: setup  ## make the code look as lint wants it
 	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format --quiet .
-	@$(BIN)/clang-format -i datapath/bpf/*.bpf.c datapath/bpf/lib/*.h $(GUEST) $(LOCK_SOURCES)
+	@$(BIN)/clang-format -i datapath/bpf/*.bpf.c datapath/bpf/lib/*.h $(TEST_SOURCES) $(LOCK_SOURCES)
 
 audit: setup  ## dependencies against the lock and PyPI's advisories (network)
 	@tools/audit
@@ -97,7 +100,7 @@ build: setup  ## a wheel with compiled BPF programs and generated code, in dist/
 	@ls -l dist/*.whl
 
 lock:  ## resolve requirements.lock anew (needs uv)
-	@uv pip compile --quiet --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url --no-header \
+	@uv pip compile --quiet --python-version 3.11 --extra dev --extra fuzz --generate-hashes --no-emit-index-url --no-header \
 		pyproject.toml -o requirements.lock
 
 clean:  ## remove what was built; keeps $(VENV)
