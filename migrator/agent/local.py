@@ -16,13 +16,14 @@ from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.agent.restoring import replace
 from migrator.checkpoint import Restored, checkpoint
 from migrator.coordinator.rpc import reported
-from migrator.errors import AlreadyMigrating, Corrupt
+from migrator.errors import AlreadyMigrating, ConfigInvalid, Corrupt
 from migrator.snapshot import encode_table
 
 if TYPE_CHECKING:
     from migrator.agent.daemon import Agent
 
 CHUNK_BYTES = 1 << 20
+EPOCH_MAX = (1 << 32) - 1  # half a word of the switch
 SHOWN = frozenset({PortState.ACTIVE, PortState.QUIESCED, PortState.STAGED})
 
 
@@ -66,7 +67,12 @@ async def checkpoint_of(agent: Agent, vm: str) -> AsyncIterator[bytes]:
 
 
 async def restore_of(agent: Agent, path: Path, devices: Mapping[str, str], epoch: int) -> Restored:
-    """A snapshot in place of what is here of its VM. Raises SnapshotError, AlreadyMigrating, PreflightFailed."""
+    """A snapshot in place of what is here of its VM.
+
+    Raises SnapshotError, ConfigInvalid (epoch), AlreadyMigrating, PreflightFailed.
+    """
+    if not 0 <= epoch <= EPOCH_MAX:
+        raise ConfigInvalid(f"epoch: expected 0 to {EPOCH_MAX}, not {epoch}")
     plan = await asyncio.to_thread(replace, agent.driver, path, agent.store.sync())
     if agent.ends.in_hand(plan.vm):
         raise AlreadyMigrating(f"VM {plan.vm} is being moved", hint="restore it afterwards")

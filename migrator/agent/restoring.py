@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datapath.errors import Error
 from datapath.provider import Driver, PortRef, PortState, PortStatus
 from datapath.registry import KINDS
 from datapath.state.kind import Nature, Op, Table
@@ -48,7 +47,7 @@ class Replacement:
                 {**self.devices, **devices},
                 configured={status.ref.mac: _configured(status, tables) for status, tables in kept},
             )
-        except Error:
+        except BaseException:  # whatever it was: the VM is to have its ports
             for status, tables in kept:
                 self._make_again(status, tables)
             raise

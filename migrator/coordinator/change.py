@@ -6,8 +6,9 @@ Nothing here applies anything. A request that is wrong anywhere raises and chang
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from migrator import config
@@ -17,6 +18,7 @@ from migrator.coordinator.journal import Entry, Journal, Write
 from migrator.errors import AlreadyMigrating, ConfigInvalid, ObjectNotFound
 
 RULE_COUNTER = "rule"
+RULE_ID_MAX = (1 << 32) - 1
 
 
 def epoch_counter(vm: str) -> str:
@@ -167,11 +169,17 @@ def _with_ids(catalog: Catalog, policy: config.Policy, counters: Counters) -> pb
             continue
         same = next((old for old in free if _same_but_id(old, rule)), None)
         if same is None:
-            rule.id = counters.next(RULE_COUNTER)
+            rule.id = _free_id(counters, elsewhere.keys() | {r.id for r in message.rules})
         else:
             free.remove(same)
             rule.id = same.id
     return message
+
+
+def _free_id(counters: Counters, taken: Set[int]) -> int:
+    """The next one; when somebody has named the highest, so that there is no next, the lowest that is free."""
+    number = counters.next(RULE_COUNTER)
+    return number if number <= RULE_ID_MAX else next(n for n in count(1) if n not in taken)
 
 
 def _same_but_id(old: pb.Rule, new: pb.Rule) -> bool:

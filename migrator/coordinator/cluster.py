@@ -23,6 +23,7 @@ from migrator.coordinator.settings import Deadlines
 from migrator.coordinator.store import Store
 from migrator.errors import ConfigInvalid
 
+EPOCH_MAX = (1 << 32) - 1  # half a word of the switch
 RESYNC_DELAY_S = 0.05
 RESYNC_DELAY_PER_HOST_S = 0.002
 
@@ -204,12 +205,12 @@ class Cluster:
         return self._reply(planned)
 
     def _running_instances(self) -> Mapping[tuple[str, str, str], int]:
-        """As of each agent's Hello."""
+        """As of each agent's Hello. An epoch that no switch can have is none to go on from."""
         return {
             (instance.vm, instance.mac, session.host): instance.epoch
             for session in self.roster
             for instance in session.hello.instances
-            if instance.state == "active"
+            if instance.state == "active" and instance.epoch <= EPOCH_MAX
         }
 
     def remove(self, request: pb.Removal) -> pb.ApplyReply:

@@ -18,6 +18,7 @@ from migrator.lifecycle import coordinator as machine
 from migrator.lifecycle.machine import Role, Verdict
 
 Phase = machine.Phase
+TIMEOUT_MAX_S = 30 * 86_400
 COPY_STORAGE = ("", "all", "inc")
 STAGED = frozenset({Phase.STARTING, Phase.PRE_COPY, *machine.UNDECIDED})
 """Phases in which the destination has staged instances that configuration changes go to as well."""
@@ -32,6 +33,8 @@ def preflight(catalog: Catalog, roster: Roster, vm: str, request: pb.MigrateRequ
         reasons = [f"it is at {to} already"]
     missing = [port.mac for port in catalog.ports_of(vm) if not device_at(port, to)]
     reasons += [f"port {mac} has no device on {to}" for mac in missing]
+    if not 0 <= request.timeout_s <= TIMEOUT_MAX_S:  # also what is no number
+        reasons.append(f"it cannot have {request.timeout_s:g} s")
     if request.move.copy_storage not in COPY_STORAGE:
         reasons.append(f"storage cannot be copied as {request.move.copy_storage!r}")
     if reasons:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import uuid
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.parsers import expat
@@ -249,8 +250,7 @@ def _number(where: str, what: str, text: str) -> int:
 
 
 def _refuse_twins(name: str, interfaces: Sequence[Interface]) -> None:
-    macs = [interface.mac for interface in interfaces]
-    twice = {mac for mac in macs if macs.count(mac) > 1}
+    twice = [mac for mac, count in Counter(interface.mac for interface in interfaces).items() if count > 1]
     if twice:
         raise ConfigInvalid(f"domain {name}: two interfaces have MAC {min(twice)}", hint="a port is known by its MAC")
 
