@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 
@@ -171,11 +171,14 @@ def journal(data: bytes) -> None:
     with suppress(ValueError, TypeError, KeyError, AttributeError):  # what Migrations says of such a row
         running.decode(data, pb.Migration())
     with suppress(Error):
-        need_of(pb.Need(records=data))
+        need_of(pb.Need(records=data), {})
 
 
 def journals() -> Iterator[bytes]:
-    agreed = running.Agreed("m", VM, "a", "b", 2, 7, "00", False, False, False, 0.0, 0)
+    samples = {"str": VM, "int": 7, "bool": False, "float": 1.5}
+    agreed = running.Agreed(
+        **{field.name: samples[str(field.type)] for field in fields(running.Agreed) if str(field.type) in samples}
+    )
     yield running.Running(agreed, machine.begin()[0], pb.Migration()).encode()
     yield msgpack.packb([{"mac": "52:54:00:00:00:01", "network": "blue"}])
     yield json.dumps(asdict(agreed)).encode()
