@@ -144,8 +144,8 @@ def kept(data: bytes) -> None:
         (directory / path).write_bytes(data)
     store.sync()
     store.ended()
-    for fields in store.ends():
-        assert fields.keys() >= {"id", "role", "vm", "state", "order"}
+    for end in store.ends():
+        assert end.keys() >= {"id", "role", "vm", "state", "order"}
     frames = directory / "migrations" / "m.frames"
     frames.write_bytes(data)
     taken, doubtful = TakenFrames(frames).recall()
