@@ -161,6 +161,8 @@ class Reference:
     def _spoofed(self, packet: Packet, source: bytes) -> str:
         if source != self.setting.mac:
             return "spoof-mac"
+        if _serves_dhcp(packet):
+            return "spoof-address"
         if packet.family == 4:
             return self._spoofed4(packet)
         if packet.family == 6:
@@ -377,6 +379,12 @@ def _is_discovery(packet: Packet, direction: int) -> bool:
     if packet.icmp_type in (134, 137):
         return packet.hops == 255 and direction == TO
     return packet.icmp_type in (133, 135, 136) and packet.hops == 255  # RFC 4861
+
+
+def _serves_dhcp(packet: Packet) -> bool:
+    """RFC 7610: what a guest says as a server would go past the policies of others."""
+    ports = {4: (67, 68), 6: (547, 546)}.get(packet.family)
+    return packet.proto == UDP and packet.part != "later" and (packet.lport, packet.rport) == ports
 
 
 def _is_dhcp_answer(packet: Packet, direction: int) -> bool:

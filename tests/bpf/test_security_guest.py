@@ -123,6 +123,29 @@ def test_a_guest_whose_link_local_address_is_named_has_no_other(guest: Lab, fram
 
 
 @pytest.mark.parametrize(
+    ("source", "server", "client", "expected"),
+    [
+        ("10.0.0.1", 67, 68, "DROP_SPOOF_ADDRESS"),
+        ("10.0.0.1", 67, 67, "passed"),
+        ("10.0.0.1", 66, 68, "passed"),
+        ("2001:db8::1", 547, 546, "DROP_SPOOF_ADDRESS"),
+        ("fe80::1", 547, 546, "DROP_SPOOF_ADDRESS"),
+        ("2001:db8::1", 547, 547, "passed"),
+    ],
+    ids=["server", "relay", "another port", "IPv6", "IPv6, link-local", "IPv6 relay"],
+)
+def test_a_guest_is_no_dhcp_server(guest: Lab, source: str, server: int, client: int, expected: str) -> None:
+    """Its address is its own; what it says to others there goes past their policies."""
+    six = ":" in source
+    packet = (
+        ipv6(source, "2001:db8::2", UDP, udp(server, client))
+        if six
+        else ipv4(source, "10.0.0.2", UDP, udp(server, client))
+    )
+    assert sent(guest, ethernet(PEER, OWN, IPV6 if six else IPV4, packet)) == expected
+
+
+@pytest.mark.parametrize(
     ("size", "verdict"), [(MTU - 40, REDIRECT), (MTU - 28, REDIRECT), (MTU - 27, SHOT), (9000, SHOT), (65000, SHOT)]
 )
 def test_a_segment_larger_than_the_network_takes_is_not_left_to_the_nic(lab: Lab, size: int, verdict: int) -> None:

@@ -22,6 +22,8 @@
 #define ARP_ETHERNET 1 /* hardware type */
 #define DHCP_SERVER  67
 #define DHCP_CLIENT  68
+#define DHCP6_SERVER 547
+#define DHCP6_CLIENT 546
 
 struct arp_ipv4 { /* RFC 826 with Ethernet and IPv4 */
 	__be16 hardware;
@@ -47,8 +49,17 @@ static __always_inline int spoof_mac_owned(struct port *port, __u32 network, con
 	return entry && l2_is_port(entry, port->slot) && entry->flags & L2_PINNED;
 }
 
+/* Guests hear a DHCP server past their policies (judge.h), so a guest is none, as it is no router (RFC 7610). */
+static __always_inline int spoof_dhcp_server(const struct packet *pkt, __u16 server, __u16 client)
+{
+	return pkt->proto == IPPROTO_UDP && pkt->fragment != FRAGMENT_LATER && pkt->lport == bpf_htons(server) &&
+	       pkt->rport == bpf_htons(client);
+}
+
 static __always_inline int spoof_ipv4(struct port *port, const struct packet *pkt)
 {
+	if (spoof_dhcp_server(pkt, DHCP_SERVER, DHCP_CLIENT))
+		return DROP_SPOOF_ADDRESS;
 	if (addr_is_owned(port->slot, pkt->laddr))
 		return DROP_NONE;
 	if (!pkt->laddr[3] && pkt->proto == IPPROTO_UDP && pkt->fragment == FRAGMENT_NONE &&
@@ -62,6 +73,8 @@ static __always_inline int spoof_ipv6(struct __sk_buff *skb, struct port *port, 
 {
 	int reason = DROP_NONE;
 
+	if (spoof_dhcp_server(pkt, DHCP6_SERVER, DHCP6_CLIENT))
+		return DROP_SPOOF_ADDRESS;
 	if (addr_is_zero(pkt->laddr))
 		reason = spoof_ipv6_unspecified(pkt);
 	else if (!addr_is_own_link_local(port->slot, pkt->laddr) && !addr_is_owned(port->slot, pkt->laddr))
