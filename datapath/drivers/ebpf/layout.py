@@ -178,7 +178,7 @@ def check(btf: Btf, declared: Mapping[str, np.dtype[Any]] = STRUCTURES, *, where
         shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
         raise FeatureMissing(
             f"layouts differ between {where} and this program: {shown}",
-            hint="build both from one version: make bpf; maps of another version go by `migrator switch destroy`",
+            hint="build both from one version: make bpf",
         )
 
 

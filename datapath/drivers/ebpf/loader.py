@@ -27,7 +27,7 @@ from datapath.drivers.ebpf.maps import Handle, Mapped, Outer, Table, Template
 from datapath.errors import FeatureMissing, KernelError
 
 _BUILD_HINT = "build it from the same version: make bpf"
-_LAYOUT_HINT = "start with the options and version that made it, or take the switch down: migrator switch destroy"
+_LAYOUT_HINT = "start with the options and version that made it; an agent takes maps over: docs/upgrades.md"
 
 _BY_SLOT = (
     *("ports", "devices", "counters", "addresses", "trunks", "channels", "conntracks", "dirty", "policies"),
