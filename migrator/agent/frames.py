@@ -47,7 +47,7 @@ class TakenFrames:
         """What an earlier run had taken and not passed on; and how many frames it may or may not have passed on."""
         try:
             data = self._path.read_bytes()
-            frames: dict[str, list[bytes]] = msgpack.unpackb(data[1:])
+            frames = _checked(msgpack.unpackb(data[1:]))
             count = sum(len(some) for some in frames.values())
         except FileNotFoundError:
             return {}, 0
@@ -66,3 +66,14 @@ class TakenFrames:
                 os.close(descriptor)
         except OSError as error:
             log.warning("taken frames are in memory only", file=str(self._path), error=str(error))
+
+
+def _checked(frames: object) -> dict[str, list[bytes]]:
+    """Raises ValueError for what is no map of MAC to frames."""
+    if not isinstance(frames, dict) or not all(_is_taken(mac, some) for mac, some in frames.items()):
+        raise ValueError("no frames by MAC")
+    return frames
+
+
+def _is_taken(mac: object, some: object) -> bool:
+    return isinstance(mac, str) and isinstance(some, list) and all(isinstance(frame, bytes) for frame in some)

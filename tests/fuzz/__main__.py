@@ -19,6 +19,7 @@ from .targets import TARGETS
 
 CACHE = Path(__file__).parents[2] / ".cache" / "fuzz"
 MEMORY_MB = 2048
+KEPT, KEPT_BYTES = 20, 600
 INPUT_S = 20  # for one input, on a busy machine
 
 
@@ -28,7 +29,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
     parser.add_argument("--seed", type=int, default=0, help="0: another one each time; it is printed")
     parser.add_argument(
-        "--keep-corpus", action="store_true", help="write what reached something new to tests/fuzz/corpus"
+        "--keep-corpus", action="store_true", help="some of what reached something new into tests/fuzz/corpus"
     )
     given = parser.parse_args()
     names = given.targets or [*TARGETS, native.NAME, packets.NAME]
@@ -68,8 +69,8 @@ def fuzz(target: Target, seconds: int, seed: int, *, keep_corpus: bool) -> int:
             text=True,
             check=False,
         )
-        if keep_corpus:
-            _merge(run, target, corpus, seeds, Path(directory))
+    if keep_corpus:
+        _keep_some(target, corpus)
     found = [path.read_bytes() for path in sorted(crashes.iterdir())]
     print(f"{target.name}: {_statistics(done.stderr)}, {len(found)} findings", flush=True)
     if done.returncode and not found:
@@ -79,17 +80,15 @@ def fuzz(target: Target, seconds: int, seed: int, *, keep_corpus: bool) -> int:
     return len(found)
 
 
-def _merge(run: list[str], target: Target, corpus: Path, seeds: Path, directory: Path) -> None:
-    """What the corpus covers beyond the seeds, as few inputs as that takes."""
-    merged = directory / "merged"
-    merged.mkdir()
-    for path in seeds.iterdir():
-        shutil.copy(path, merged / f"seed-{path.name}")
-    subprocess.run([*run, "-merge=1", str(merged), str(corpus)], capture_output=True, check=False)
+def _keep_some(target: Target, corpus: Path) -> None:
+    """Small inputs, of all sizes, of those that reached something new."""
+    small = sorted(
+        (path for path in corpus.iterdir() if path.stat().st_size <= KEPT_BYTES), key=lambda one: one.stat().st_size
+    )
     kept = CORPUS / target.name
-    kept.mkdir(parents=True, exist_ok=True)
-    new = [path for path in merged.iterdir() if not path.name.startswith("seed-") and path.stat().st_size <= 1024]
-    for path in sorted(new, key=lambda one: one.stat().st_size)[:40]:
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for path in small[:: max(len(small) // KEPT, 1)][:KEPT]:
         shutil.copy(path, kept / path.name[:12])
 
 
