@@ -48,6 +48,8 @@ class Identity:
 
 
 ANYONE = Identity(Role.ANYONE, "")
+ROOT = Identity(Role.OPERATOR, "uid-0")
+"""Who calls by a unix socket and could as well end the daemon."""
 CALLER: ContextVar[Identity] = ContextVar("caller", default=ANYONE)
 """Whose call is being handled."""
 

@@ -23,7 +23,7 @@ from migrator.errors import Forbidden, PeerLost, ResourceExhausted
 from migrator.lifecycle.machine import Role as End
 from migrator.security import authority
 from migrator.security.guard import Guard
-from migrator.security.identity import ANYONE, Identity, Role
+from migrator.security.identity import ANYONE, ROOT, Identity, Role
 from migrator.security.limits import Limits, Meter
 from migrator.security.roles import METHODS, require_role
 from migrator.security.settings import folder
@@ -357,6 +357,7 @@ def test_a_caller_has_its_rate_and_costs_no_other_theirs() -> None:
         call(one)
     for _ in range(1000):
         call(ANYONE)
+        call(ROOT)
 
 
 def test_a_caller_has_so_many_calls_at_once() -> None:
