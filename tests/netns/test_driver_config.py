@@ -246,3 +246,27 @@ def test_a_guest_allows_itself_nothing_new_while_its_port_is_a_stub(pair: list[H
     with pytest.raises(NotReady, match="stub"):
         source.run(lambda: source.driver.load(guest.ref, Table("acl", records=rules(*ANY))))
     assert source.run(lambda: source.driver.redirect_idle_s(guest.ref)) < 60
+
+
+@pytest.mark.parametrize("last", ["holds.make", "policies.set", "floods.add", "ledger.save_rules"])
+def test_a_port_that_a_crash_left_half_made_is_gone_after_the_restart(
+    host: Host, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """The driver dies in `stage` when it has come to `last`, and can undo nothing."""
+    before = host.run(host.driver.remains)
+    guest = Guest(host, "10.0.0.1")
+    host.guests.append(guest)
+    parts = host.driver._parts()
+    part, name = last.split(".")
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.staging, "wipe", lambda _: None)
+        patch.setattr(getattr(parts, part), name, die)
+        with pytest.raises(KeyboardInterrupt):
+            host.run(lambda: host.driver.stage(guest.ref, guest.record, guest.device))
+    host.restart()
+    assert host.run(host.driver.remains) == before
+    host.open(guest)

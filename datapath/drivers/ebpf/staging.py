@@ -59,17 +59,17 @@ class Staging:
         slot = entry.slot
         with contextlib.ExitStack() as undo:
             undo.callback(self.wipe, slot)
+            self._ledger.save_port(entry)  # first, and the word last: what a crash leaves in between is wiped
             table = self._kernel.conntracks.new(entry.record["connections_max"])
             self._kernel.conntracks.put(slot, table)
             self._counters.clear(slot)
             instance = Instance(entry, table, *self._holds.make(slot))
             self.configure(instance)
             self._policies.set(slot, entry.rules)
+            self._floods.add(self._memberships(instance))
+            self._ledger.save_rules(entry)
             epoch_word = Word(C.PORT_STAGED, self.flags(entry.record), entry.ref.epoch)
             self._kernel.ports.store(slot, "word", epoch_word.packed)
-            self._floods.add(self._memberships(instance))
-            self._ledger.save_port(entry)
-            self._ledger.save_rules(entry)
             self._instances.add(instance)
             undo.pop_all()
         self._plugs.plug(instance)
