@@ -257,11 +257,19 @@ def _daemon(rng: Random) -> Iterator[Act]:
 
 def _daemon_moving(rng: Random) -> Iterator[Act]:
     vm = rng.choice(VMS)
-    yield _move(rng, vm, (rng.choice((1, 2)),), memory_ms=rng.choice((20, 100, 600)))
+    alone = {"memory_ms": 60_000, "self_stop_ms": rng.choice((100, 600))}  # the guest waits for nobody
+    yield _move(rng, vm, (rng.choice((1, 2)),), **rng.choice((alone, {}, {"memory_ms": 600})))
     who = rng.choice((f"source:{vm}", f"destination:{vm}", CONTROL))
     yield _fault(rng, who, rng.randint(20, 1500))
     if rng.random() < 0.3:
         yield _move(rng, rng.choice([other for other in VMS if other != vm]), at_ms=rng.choice((0, 200)))
+
+
+def _two_daemons(rng: Random) -> Iterator[Act]:
+    vm = rng.choice(VMS)
+    yield _move(rng, vm, (rng.choice((1, 2)),), memory_ms=rng.choice((20, 100, 600)))
+    for who in rng.sample((f"source:{vm}", f"destination:{vm}", CONTROL), 2):
+        yield _fault(rng, who, rng.randint(20, 1500))
 
 
 def _daemon_changes(rng: Random) -> Iterator[Act]:
@@ -300,6 +308,7 @@ KINDS: list[tuple[str, int, Callable[[Random], Iterator[Act]]]] = [
     ("a plain suspend", 2, _suspend),
     ("a daemon fails", 5, _daemon),
     ("a daemon fails while a VM moves", 12, _daemon_moving),
+    ("two daemons fail while a VM moves", 6, _two_daemons),
     ("a daemon fails while the policy changes", 4, _daemon_changes),
     ("a cut", 3, _cut),
     ("a cut while a VM moves", 7, _cut_moving),

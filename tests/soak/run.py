@@ -27,7 +27,7 @@ from tests.soak.reference import Model
 
 KEPT = 30  # steps that a failure shows
 LEAKS_EVERY = 10
-OPERATOR_EVERY = 8
+OPERATOR_EVERY = 12
 
 
 class Soak:
@@ -72,7 +72,7 @@ class Soak:
         self.checks.tries(self.model.step.tries)
         self.checks.flows()
         self.checks.counters()
-        if self.model.step.number % OPERATOR_EVERY == 1:
+        if self.model.step.number and self.model.step.number % OPERATOR_EVERY == 0:
             look(self.lab, self.model, self.checks)
         grown = self.leaks.look() + self.leaks.left()
         complaints = self.lab.complaints() if self.model.plain else []

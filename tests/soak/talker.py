@@ -30,6 +30,7 @@ from migrator.lab.workers.probe import Arrivals, Probe
 from migrator.lab.workers.tcp import Tcp, family
 
 AGAIN_S = 0.4  # a question by UDP is repeated so often
+FIRST_ASKER, ASKERS = 21_000, 9_000  # source ports of questions, one after the other
 GIVE_UP_MS = 60_000  # the serving end of a connection that was cut
 
 
@@ -134,6 +135,8 @@ class Talker:
         kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
         made = socket.socket(family(address), kind)
         made.setblocking(False)
+        if protocol == "udp":  # a port that was used a moment ago would be of the same connection
+            made.bind(("", FIRST_ASKER + name % ASKERS))
         newcomer = Newcomer(name, protocol, made, time.monotonic() + patience_s)
         status = made.connect_ex((address, port))
         if status not in (0, errno.EINPROGRESS):
