@@ -32,7 +32,7 @@ from migrator.security.transport import PLAIN, Transport
 from .certified import OPTIONS, TIMEOUT_S, refusal
 from .pair import VM, World, eventually, world
 
-ROOT = Path(__file__).parents[2]
+TREE = Path(__file__).parents[2]
 SERVICES = pb.DESCRIPTOR.services_by_name.values()
 ALL = {f"{service.name}/{method.name}": method for service in SERVICES for method in service.methods}
 CLIENTS = [role for role in Role if role is not Role.ANYONE]
@@ -47,7 +47,7 @@ def test_every_method_has_a_row_and_no_other_has() -> None:
 
 
 def test_the_documents_table_is_this_one() -> None:
-    text = (ROOT / "docs" / "security.md").read_text()
+    text = (TREE / "docs" / "security.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+/\w+)` \| ([^|]*) \|", text, flags=re.M))
     assert rows == {method: ", ".join(roles) for method, (roles, _) in METHODS.items()}
 
