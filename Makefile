@@ -9,11 +9,11 @@ BPF_SOURCES := $(wildcard datapath/bpf/*.bpf.c datapath/bpf/lib/*.h)
 LOCK := hooks/lock/migrator.so
 LOCK_SOURCES := $(wildcard hooks/lock/*.[ch])
 TEST_SOURCES := $(wildcard tests/libvirt/guest/*.[ch] tests/fuzz/*.c)
-TESTS := tests/unit tests/fuzz tests/contract tests/bpf tests/netns tests/soak
+TESTS := tests/unit tests/model tests/fuzz tests/contract tests/bpf tests/netns tests/soak
 GUEST_TESTS := $(addprefix tests/libvirt/,test_lab.py test_migrate.py test_loop.py)
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
-.PHONY: help setup packages test matrix soak fuzz lint demo bench build generate bpf lock-driver clean lock format audit test-% test-oldest-kernel bpf-coverage
+.PHONY: help setup packages test model matrix soak fuzz lint demo bench build generate bpf lock-driver clean lock format audit test-% test-oldest-kernel bpf-coverage
 
 help:  ## this list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -54,6 +54,9 @@ test: setup  ## all tests (root), but of those with QEMU guests only whole moves
 
 test-%: setup  ## the tests of one folder: make test-unit, test-bpf, test-netns, test-libvirt
 	@$(BIN)/python tools/run_tests.py tests/$* $(if $(filter libvirt,$*),--workers 1) -- $(ARGS)
+
+model: setup  ## search the exhaustive model within its larger budgets too, and print the tables of docs/reliability.md
+	@$(BIN)/python -m tests.model $(ARGS)
 
 soak: setup  ## an hour of random moves, changes and faults against a reference model (root); SOAK_MINUTES=, SEED=, STEPS=, ONLY=3,7
 	@$(BIN)/python -m tests.soak.run $(if $(SEED),--seed $(SEED)) $(if $(STEPS),--steps $(STEPS)) $(if $(ONLY),--only $(ONLY)) \

@@ -7,5 +7,5 @@ Deadlines are events too. Every event is defined in every phase: what cannot mat
 The invariant, for the three together with a guest that a hypervisor moves, whatever is lost, repeated, late or crashed:
 an open port and a running guest are together on at most one host; in the end on exactly one, where the guest is; and
 state is deleted nowhere before the other end has confirmed that it has it (or that the guest never left).
-`tests/unit/test_lifecycle_model.py` explores it.
+`tests/model` explores it.
 """
