@@ -41,5 +41,6 @@ def test_every_rule_is_in_the_model_or_named_with_its_test() -> None:
 
 
 def test_the_documents_table_has_every_mutation() -> None:
+    shown = RELIABILITY.replace("`", "")
     for mutation in MUTATIONS:
-        assert f"| {mutation.rule} | {mutation.without} | {mutation.budget} |" in RELIABILITY.replace("`", "")
+        assert f"| {mutation.rule} | {mutation.without} | {mutation.budget} |".replace("`", "") in shown
