@@ -12,6 +12,7 @@ SMALL = (
     Budget(self_stops=1),
     Budget(deaths=1),
     Budget(plains=1),
+    Budget(second=True),
     Budget(swaps=1),
     Budget(losses=1),
     Budget(detaches=1),
@@ -29,7 +30,6 @@ SMALL = (
 
 FULL = (
     Budget(crashes=1, dies="B"),
-    Budget(second=True),
     Budget(lates=1),
     Budget(copies=1),
     Budget(frames="to", self_stops=1),
