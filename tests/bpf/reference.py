@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .rules import matches
-from .segments import Malformed, Packet, is_link_local, parse
+from .segments import Malformed, Packet, is_link_local, options_name, parse
 
 FROM, TO = 0, 1
 NONE, SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE, SYN_SENT2 = range(10)
@@ -189,14 +189,14 @@ class Reference:
         if packet.part != "whole" or kind in (134, 137):  # RFC 6980; RFC 6105: a guest is no router
             return "spoof-nd"
         if kind == 133:
-            return "" if _options_name(body[8:], source) else "spoof-nd"
+            return "" if options_name(body[8:], source) else "spoof-nd"
         if packet.hops != 255 or len(body) < 24:  # RFC 4861, 7.1
             return "spoof-nd"
         target = body[8:24]
         claims = kind == 136 or probe
         if claims and not self._own_link_local(target) and not self._owned(target):
             return "spoof-nd"
-        return "" if _options_name(body[24:], source) else "spoof-nd"
+        return "" if options_name(body[24:], source) else "spoof-nd"
 
     def _spoofed_arp(self, packet: Packet, source: bytes) -> str:
         """RFC 826 and RFC 903; a probe (RFC 5227) has no sender address."""
@@ -355,18 +355,6 @@ class Reference:
         self.hits[number] += packet.wire_packets
         self.hit_bytes[number] += packet.wire_bytes
         return {"allow": "", "reject": "reject", "drop": "policy"}[rule["action"] if rule else "drop"]
-
-
-def _options_name(options: bytes, source: bytes) -> bool:
-    """Do link-layer address options name the frame's source? RFC 4861, 4.6.1. More than a few are refused."""
-    for _ in range(4):
-        if len(options) < 8:
-            return True
-        kind, size = options[0], options[1] * 8
-        if not size or (kind in (1, 2) and (size != 8 or options[2:8] != source)):
-            return False
-        options = options[size:]
-    return False
 
 
 def _is_discovery(packet: Packet, direction: int) -> bool:

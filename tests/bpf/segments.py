@@ -232,3 +232,15 @@ def _transport(packet: Packet, data: bytes, direction: int) -> int:
 def is_link_local(address: bytes) -> bool:
     """RFC 4291, 2.5.6: fe80::/10"""
     return address[0] == 0xFE and address[1] & 0xC0 == 0x80
+
+
+def options_name(options: bytes, source: bytes) -> bool:
+    """Do link-layer address options name the frame's source? RFC 4861, 4.6.1. More than a few are refused."""
+    for _ in range(4):
+        if len(options) < 8:
+            return True
+        kind, size = options[0], options[1] * 8
+        if not size or (kind in (1, 2) and (size != 8 or options[2:8] != source)):
+            return False
+        options = options[size:]
+    return False
