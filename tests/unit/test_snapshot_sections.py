@@ -112,6 +112,7 @@ def test_an_unknown_codec_is_refused() -> None:
         list(encode_table(sample("fdb", 1), MAC, codec="lz77"))
 
 
+@pytest.mark.alone
 def test_encoding_and_decoding_loop_over_no_entries() -> None:
     """Budget: 2 M entries/s to bytes, well above 1 M/s back. A loop over entries in Python reaches 0.5 M/s at best."""
     whole = sample("conntrack", 200_000)

@@ -146,6 +146,7 @@ def test_a_server_of_another_host_is_not_the_agent_that_was_meant(tmp_path: Path
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_certificates_are_changed_under_a_stream_and_the_old_one_ends(tmp_path: Path) -> None:
     """Both ends get new certificates while changes go over a stream: none is lost, new connections are by the new ones,
     and the old ones are refused once their time is over."""
