@@ -29,8 +29,14 @@ NETWORKS: list[dict[str, Any]] = [
     {"name": "over", "kind": "overlay", "vni": 5000, "mtu": 1450},
 ]
 MTU = {"blue": 1500, "over": 1450}
-LEASE_S = 4.0
-MIGRATION = {"redirect_idle_s": 1.0, "lease_s": LEASE_S}
+MIGRATION = {  # patient: what a starved machine does late must not look like a fault
+    "redirect_idle_s": 1.0,
+    "lease_s": 8.0,
+    "last_changes_s": 5.0,
+    "probe_s": 10.0,
+    "connect_s": 10.0,
+    "step_s": 20.0,
+}
 EVERYTHING = [{"direction": way, "priority": 1, "protocol": "any", "action": "allow"} for way in ("to", "from")]
 
 

@@ -175,7 +175,7 @@ def _fault(rng: Random, daemon: str, at_ms: int) -> Act:
     return Act(kind, daemon, at_ms, for_ms=rng.choice((0, 500, 2000)) if kind != "freeze" else rng.choice(FREEZES_MS))
 
 
-FREEZES_MS = (300, 1500, 5000)  # the last one is longer than a lease here
+FREEZES_MS = (300, 1500, 10_000)  # the last one is longer than a lease here
 CUTS_MS = (200, 1000, 3000)
 
 # ---- sorts of steps ----
