@@ -10,7 +10,7 @@ LOCK := hooks/lock/migrator.so
 LOCK_SOURCES := $(wildcard hooks/lock/*.[ch])
 TEST_SOURCES := $(wildcard tests/libvirt/guest/*.[ch] tests/fuzz/*.c)
 TESTS := tests/unit tests/model tests/fuzz tests/contract tests/bpf tests/netns tests/soak
-GUEST_TESTS := $(addprefix tests/libvirt/,test_lab.py test_migrate.py test_loop.py)
+GUEST_TESTS := tests/libvirt
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
 .PHONY: help setup packages test model matrix soak fuzz lint demo bench build generate bpf lock-driver clean lock format audit test-% test-oldest-kernel bpf-coverage
@@ -49,7 +49,7 @@ bpf: $(BPF)  ## BPF programs
 
 lock-driver: $(LOCK)  ## libvirt's lock driver of strict mode
 
-test: setup  ## all tests (root), but of those with QEMU guests only whole moves: all of these take half an hour
+test: setup  ## all tests (root)
 	@$(BIN)/python tools/run_tests.py $(TESTS) --after $(GUEST_TESTS) $(if $(WORKERS),--workers $(WORKERS)) -- $(ARGS)
 
 test-%: setup  ## the tests of one folder: make test-unit, test-bpf, test-netns, test-libvirt
