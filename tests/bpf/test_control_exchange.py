@@ -121,3 +121,12 @@ def test_port_word(ports: Ports) -> None:
     assert port.switch.call("port_cas", swap) == 0
     assert (swap.swapped, swap.found, port.port.word) == (0, word + 1, word + 1)
     assert port.switch.call("port_cas", MODEL.port_swap(slot=1 << 20)) == -errno.EINVAL
+
+
+def test_what_waits_is_added_to(ports: Ports) -> None:
+    """Frames that programs of another generation of maps put into the hold taps, and those that left by them."""
+    port = ports(BOTH)
+    for to, before in ((5, 3), (-4, -1)):
+        assert port.switch.call("port_count_held", MODEL.port_held(slot=port.slot, to=to, **{"from": before})) == 0
+    assert (port.port.held_to, port.port.held_from) == (1, 2)
+    assert port.switch.call("port_count_held", MODEL.port_held(slot=1 << 20, to=1)) == -errno.EINVAL
