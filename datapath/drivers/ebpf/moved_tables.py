@@ -18,7 +18,8 @@ from datapath.errors import UnsupportedKind
 
 _log = logging.getLogger(__name__)
 _PLAIN = (MapType.HASH, MapType.ARRAY)
-_OTHERWISE = ("ports", "exchange", "policies")  # by takeover.py; scratch; made anew from the rules
+_OTHERWISE = ("ports", "exchange", "policies", "learning")
+"""By takeover.py; scratch; made anew from the rules; set by each sweep of the L2 table."""
 HINT = "the programs that were here go on: start the version before again, or move this host's VMs away and reboot it"
 
 
