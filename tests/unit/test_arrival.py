@@ -17,6 +17,9 @@ REF = PortRef("8b3c0f3e-6f8c-4d59-9a4c-6d6a6e0f4c11", "02:00:00:00:00:01", 2)
 class Refusing:
     """A switch that takes none of what it is given."""
 
+    def kinds(self) -> dict[str, int]:
+        return {"conntrack": 1}
+
     def load(self, _: PortRef, table: Table) -> Loaded:
         return Loaded(0, (("no room", len(table)),))
 
