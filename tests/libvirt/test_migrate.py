@@ -37,7 +37,12 @@ def cluster() -> Iterator[LibvirtCluster]:
 
 @pytest.fixture(scope="module")
 def peer(cluster: LibvirtCluster) -> Machine:
-    made = add_peer(cluster, "p1", "h3", Port("52:54:00:00:00:20", "blue", ("10.1.0.2",)), policy="open")
+    return new_peer(cluster, 0)
+
+
+def new_peer(cluster: LibvirtCluster, number: int) -> Machine:
+    port = Port(f"52:54:00:00:00:2{number}", "blue", (f"10.1.0.2{number}",))
+    made = add_peer(cluster, f"p{number}", "h3", port, policy="open")
     cluster.declare(made)
     return made
 
@@ -248,14 +253,14 @@ def test_a_vm_that_stays_paused_after_its_move(standing: Standing) -> None:
     standing.traffic.check()
 
 
-def test_storage_is_copied_with_the_state(cluster: LibvirtCluster, peer: Machine) -> None:
+def test_storage_is_copied_with_the_state(cluster: LibvirtCluster) -> None:
     """`--copy-storage-all`: QEMU mirrors the disk first, and the pause waits for it."""
     content = random.Random(DISK_SEED).randbytes(DISK_BYTES)
     with cluster.scope():
         port = Port("52:54:00:00:00:14", "blue", ("10.1.0.14",))
         guest = add_guest(cluster, "vm4", "h1", [port], metadata=metadata(port, **LED), disk=content)
         guest.booted()
-        traffic = Traffic(guest, peer)
+        traffic = Traffic(guest, new_peer(cluster, 1))
         for number, to in enumerate(("h2", "h1"), 1):
             if to == "h1":
                 guest.disk(to).write_bytes(bytes(DISK_BYTES))
@@ -270,13 +275,14 @@ def test_storage_is_copied_with_the_state(cluster: LibvirtCluster, peer: Machine
         assert lost["to"][1] == 0 and lost["to"][0] <= FOLLOWED_MAX * followed, (lost, followed)
 
 
-def test_a_vm_that_is_off_starts_elsewhere(cluster: LibvirtCluster, peer: Machine) -> None:
+def test_a_vm_that_is_off_starts_elsewhere(cluster: LibvirtCluster) -> None:
     """`virsh migrate --offline` moves a definition; the ports are where the VM starts, and nowhere else."""
     with cluster.scope():
         port = Port("52:54:00:00:00:15", "blue", ("10.1.0.15",))
         guest = add_guest(cluster, "vm5", "h1", [port], metadata=metadata(port), start=False)
         cluster.hosts["h1"].define(guest.xml).create()
         guest.booted()
+        peer = new_peer(cluster, 2)
         peer.worker("tcp").call("listen", address="0.0.0.0", port=SERVICE)
         for here, there in (("h1", "h2"), ("h2", "h1")):
             assert guest.worker("tcp").call("connect", address=peer.address, port=SERVICE, count=5)["connected"] == 5

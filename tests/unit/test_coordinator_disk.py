@@ -62,6 +62,7 @@ def test_the_last_acknowledgement_of_a_place_counts(tmp_path: Path, monkeypatch:
         a.say(redirect_idle=pb.RedirectIdle(vm=report.vm, epoch=1, idle_s=60.0))
         running = bench.cluster.migrations._execution.running
         await until(lambda: all(run.machine.redirect_idle for run in running.values()))
+        await third.hear("places")
         disk.full = True
         third.say(places=pb.PlacesKnown(revision=third.last("places").revision))
         async with asyncio.timeout(10.0):

@@ -124,8 +124,9 @@ class EbpfDriver(Driver):
     # ---- life of a port ----
 
     def probe(self, need: Need) -> list[str]:
-        parts = self._parts()
-        return admission.obstacles(need, VERSIONS, parts.networks, parts.instances)
+        with self._structure:  # the slot of a port that is just being purged is free when that is done
+            parts = self._parts()
+            return admission.obstacles(need, VERSIONS, parts.networks, parts.instances)
 
     def stage(self, ref: PortRef, record: Record, device: str) -> None:
         with self._structure:
