@@ -7,6 +7,9 @@
 2. their tests with the mark `alone`, when nothing else runs;
 3. what stands after `--after`, in one process too: an emulated guest needs the CPUs for itself.
 
+When a few tests of a part fail they are run once more. What passes then is named as unstable: that is a defect of its
+own, but does not fail the run.
+
 What stands after `--` goes to each pytest. The last lines name what failed and tell the sum. Exit status 0: something
 passed and nothing failed. A part that fails does not keep the next from running, an interrupt does.
 """
@@ -26,6 +29,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS_MAX = 4
+AGAIN_MAX = 5
+"""More that fail are no accident of the machine's."""
 ENDED_WELL = (0, 5)  # pytest's ExitCode.OK, and NO_TESTS_COLLECTED: `-k` may choose none of a part
 
 
@@ -37,9 +42,20 @@ class Part:
     arguments: list[str]
     counts: Counter[str] = field(default_factory=Counter)  # passed, failed, skipped
     wrong: list[str] = field(default_factory=list)
+    unstable: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def run(self, report: Path, given: list[str]) -> None:
+        self._run(report, given)
+        if 0 < len(self.wrong) <= AGAIN_MAX:
+            second = Part(f"{self.title} again", [*self.arguments, "--last-failed", "--last-failed-no-failures=none"])
+            second._run(report.with_suffix(".again.xml"), given)
+            self.seconds += second.seconds
+            if second.counts["passed"] >= len(self.wrong) and not second.wrong:
+                self.counts += Counter(passed=len(self.wrong), failed=-len(self.wrong))
+                self.unstable, self.wrong = self.wrong, []
+
+    def _run(self, report: Path, given: list[str]) -> None:
         command = [sys.executable, "-m", "pytest", *self.arguments, f"--junitxml={report}", *given]
         print(f"\n==== {self.title}: {' '.join(['pytest', *self.arguments, *given])}", flush=True)
         began = time.monotonic()
@@ -95,9 +111,11 @@ def main() -> int:
             part.run(Path(directory, f"{number}.xml"), arguments.given)
     total: Counter[str] = sum((part.counts for part in todo), Counter())
     wrong = [line for part in todo for line in part.wrong]
+    unstable = [line for part in todo for line in part.unstable]
     if not total["passed"]:
         wrong.append("nothing passed: that proves nothing")
-    print("\n==== summary", *(part.line() for part in todo), *(f"FAILED {line}" for line in wrong), sep="\n")
+    print("\n==== summary", *(part.line() for part in todo), *(f"UNSTABLE {line}" for line in unstable), sep="\n")
+    print(*(f"FAILED {line}" for line in wrong), sep="\n", end="\n" if wrong else "")
     print(f"{_said(total)} in {sum(part.seconds for part in todo):.0f} s: {'FAILED' if wrong else 'all is well'}")
     return 1 if wrong else 0
 
