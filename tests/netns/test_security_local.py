@@ -50,18 +50,10 @@ sys.exit("refused")
 
 
 def as_nobody(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-ISc", code, *map(str, arguments)]
-    return subprocess.run(
-        command,
-        user=NOBODY,
-        group=NOBODY,
-        extra_groups=[],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        cwd="/",
-    )
+    """Not by `user=` of subprocess: that forks, and gRPC's handlers of forks abort in a process with its threads."""
+    nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    command = [*nobody, sys.executable, "-ISc", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, cwd="/")
 
 
 @pytest.fixture
