@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -198,8 +199,8 @@ class Host(Place):
                 stack.callback(guest.close)
             if self.driver._running is not None:
                 self.run(self.driver.destroy)
-            while os.path.ismount(self.options["bpffs"]):  # -l: whoever looks into it just now does not keep it
-                subprocess.run(["umount", "-l", self.options["bpffs"]], check=True, timeout=10)
+            # -l: whoever looks into it just now does not keep it
+            subprocess.run(["umount", "-l", self.options["bpffs"]], check=False, timeout=10, capture_output=True)
 
 
 @contextlib.contextmanager
@@ -208,7 +209,7 @@ def hosts(count: int, ip: int = 4, **options: Any) -> Iterator[list[Host]]:
     network, prefix = {4: ("192.0.2.", 24), 6: ("2001:db8::", 64)}[ip]
     directory = Path(tempfile.mkdtemp(prefix="driver-lab-"))
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, directory)
+        stack.callback(_remove, directory)
         made = []
         for number in range(1, count + 1):
             host = Host(directory, underlay=f"{network}{number}", uplinks=["up0"], **options)
@@ -263,6 +264,25 @@ class Shelf:
 
 
 shelf = Shelf()
+
+
+def _remove(directory: Path) -> None:
+    """What is mounted there still is let go, however often: an agent that dies may have mounted it once more."""
+    for _ in range(REMOVALS_MAX):
+        _let_go(directory)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(directory)
+            return
+        time.sleep(0.1)
+    shutil.rmtree(directory)
+
+
+def _let_go(directory: Path) -> None:
+    for place in filter(Path.is_mount, directory.iterdir()):
+        subprocess.run(["umount", "-l", str(place)], check=False, timeout=10, capture_output=True)
+
+
+REMOVALS_MAX = 20
 
 
 def _configure(driver: EbpfDriver, names: dict[str, str], count: int) -> None:

@@ -60,8 +60,8 @@ def version(world: World, host: str) -> str:
 
 
 def counted(world: World, vm: Machine) -> dict[str, int]:
-    """Counters of the VM's port at h1."""
-    (port,) = [p for p in world.cluster.ports("h1") if p.instance.vm == vm.uuid]
+    """Counters of the VM's port at h1, not of a redirect that is left of a move."""
+    (port,) = [p for p in world.cluster.ports("h1") if p.instance.vm == vm.uuid and p.instance.state == "active"]
     return {name: port.counters[name] for name in ("packets_from", "packets_to", "bytes_from", "bytes_to")}
 
 
