@@ -11,7 +11,6 @@ import socket
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -268,21 +267,15 @@ shelf = Shelf()
 
 def _remove(directory: Path) -> None:
     """What is mounted there still is let go, however often: an agent that dies may have mounted it once more."""
-    for _ in range(REMOVALS_MAX):
-        _let_go(directory)
-        with contextlib.suppress(OSError):
-            shutil.rmtree(directory)
-            return
-        time.sleep(0.1)
-    shutil.rmtree(directory)
+    wait_until(lambda: _removed(directory), f"{directory} is removed")
 
 
-def _let_go(directory: Path) -> None:
+def _removed(directory: Path) -> bool:
     for place in filter(Path.is_mount, directory.iterdir()):
         subprocess.run(["umount", "-l", str(place)], check=False, timeout=10, capture_output=True)
-
-
-REMOVALS_MAX = 20
+    with contextlib.suppress(OSError):
+        shutil.rmtree(directory)
+    return not directory.exists()
 
 
 def _configure(driver: EbpfDriver, names: dict[str, str], count: int) -> None:
