@@ -180,8 +180,9 @@ class Running:
             self.instances.claim(entry.slot)
         alive = [entry for entry in entries if self._is_alive(entry)]
         self.policies.restore([(entry.slot, entry.rules) for entry in alive if entry.state != "stub"])
-        for entry in alive:
-            self._adopt(entry)
+        adopted = [self._adopt(entry) for entry in alive]
+        for instance in adopted:  # all are known: an older one of the VM may name a device that is a newer one's
+            self.plugs.restore(instance)
         for entry in entries:
             if entry in alive:
                 continue
@@ -195,7 +196,7 @@ class Running:
         word = self.words.word(entry.slot)
         return word.state != C.PORT_FREE and word.epoch == entry.ref.epoch
 
-    def _adopt(self, entry: PortEntry) -> None:
+    def _adopt(self, entry: PortEntry) -> Instance:
         table = self.kernel.conntracks.inner(entry.slot) or self.kernel.conntracks.new(1)  # a stub has none
         instance = Instance(entry, table, *self.holds.take_over(entry.slot))
         self.kernel.ports.view["hold_to"][entry.slot] = instance.hold_to.ifindex
@@ -208,7 +209,7 @@ class Running:
         elif self.words.running(entry.slot) and self.words.gate(entry.slot) == (C.GATE_LOCAL, False):
             self.holds.pump_from(instance)  # an agent that opened it died before all that waited had passed
             self.holds.pump_to(instance)
-        self.plugs.restore(instance)
+        return instance
 
     def _make_anew(self, entry: PortEntry) -> None:
         """The host was rebooted: the port as configured, its tables empty."""
