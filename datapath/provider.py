@@ -90,12 +90,17 @@ class PortStatus:
 
 @dataclass(frozen=True)
 class Need:
-    """What a VM's ports ask of a destination: limits of the source, not what is used now."""
+    """What a VM's ports ask of a destination: limits of the source, not what is used now.
+
+    `kinds` has those that any port may come to need, and those that are declared at one of these ports (Kind.document):
+    `configured` has the records of the latter, of all ports.
+    """
 
     kinds: Mapping[str, int]  # kind -> version
     records: Sequence[Record]  # kind `port`, one a port
     rules_max: int
     connections: int  # sum of connections_max
+    configured: Mapping[str, Sequence[Record]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,30 @@ the same names carry them; `to_message` and `from_message` translate.
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.message import Message
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
+from datapath.registry import KINDS
 from datapath.state.conntrack import TIMEOUTS
+from datapath.state.document import Document
+from datapath.state.kind import Record
 from migrator._pb import migrator_pb2 as pb
 from migrator.errors import ConfigInvalid
 
@@ -217,10 +230,11 @@ class Policy(_Model):
         return self
 
 
-class Port(_Model):
-    """One NIC of a VM. `device` may hold {vm8} and {mac6}; `devices` is for hosts where the pattern does not fit.
+class PortFields(_Model):
+    """One NIC of a VM, but for the kinds of state that are declared at it.
 
-    `declared_by` names the hypervisor whose domain says all of this: then that is the place to change it.
+    `device` may hold {vm8} and {mac6}; `devices` is for hosts where the pattern does not fit. `declared_by` names the
+    hypervisor whose domain says all of this: then that is the place to change it.
     """
 
     vm: Vm
@@ -251,6 +265,15 @@ class Port(_Model):
         return pattern.replace("{vm8}", self.vm[:8]).replace("{mac6}", self.mac.replace(":", "")[-6:])
 
 
+DOCUMENTS: Mapping[str, type[Document]] = {kind.name: kind.document for kind in KINDS.values() if kind.document}
+"""Kinds of state that are declared at a port, each under its name there."""
+
+if TYPE_CHECKING:
+    Port = PortFields
+else:
+    Port = create_model("Port", __base__=PortFields, **{name: (one | None, None) for name, one in DOCUMENTS.items()})
+
+
 class Config(_Model):
     """All objects of a document, or of the cluster."""
 
@@ -277,10 +300,17 @@ def to_message(model: BaseModel) -> Any:
 def _for_message(model: BaseModel) -> dict[str, Any]:
     if isinstance(model, Config):
         return {name: [_for_message(item) for item in getattr(model, name)] for name in type(model).model_fields}
-    body = model.model_dump()
-    if isinstance(model, Port):
+    body = model.model_dump(exclude=set(DOCUMENTS))
+    if isinstance(model, PortFields):
         body["no_antispoof"] = not body.pop("antispoof")
+        declared = {name: document for name in DOCUMENTS if (document := getattr(model, name))}
+        body["kinds"] = {name: _written(document) for name, document in declared.items()}
     return body
+
+
+def _written(document: BaseModel) -> str:
+    """One text for each content: configurations are compared by it."""
+    return json.dumps(document.model_dump(mode="json", exclude_unset=True), sort_keys=True, separators=(",", ":"))
 
 
 def from_message(message: Message, model: type[_Model]) -> Any:
@@ -292,12 +322,34 @@ def from_message(message: Message, model: type[_Model]) -> Any:
     for port in body.get("ports", [body]):
         if "no_antispoof" in port:
             port["antispoof"] = not port.pop("no_antispoof")
+            port |= {name: _read(name, text) for name, text in port.pop("kinds").items()}
     body.pop("revision", None)
     try:
         return model.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigInvalid(f"{where(body, first['loc'])}: {reason(first)}") from None
+
+
+def _read(kind: str, text: str) -> Any:
+    if kind not in DOCUMENTS:
+        raise ConfigInvalid(
+            f"kind {kind[:LABEL_MAX]!r} is not declared at a port", hint=f"known: {', '.join(DOCUMENTS)}"
+        )
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ConfigInvalid(f"kind {kind}: its document is no JSON") from None
+
+
+def kind_records(kind: str, text: str) -> list[Record]:
+    """Records that a document of a port's `kinds` comes to. Raises ConfigInvalid."""
+    body = _read(kind, text)
+    try:
+        return DOCUMENTS[kind].model_validate(body).records()
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigInvalid(f"{kind}: {where(body, first['loc'])}: {reason(first)}") from None
 
 
 def reason(error: Mapping[str, Any]) -> str:

@@ -53,7 +53,7 @@ def _checked_record(kind: Kind, op: Op, record: Record, where: str) -> Record:
     full = {name: value for name, value in record.items() if name in kind.fields}
     if op is Op.LOAD:
         full.update({name: deepcopy(value) for name, value in kind.defaults.items() if name not in full})
-    needed = set(kind.key) if op is not Op.LOAD else set(kind.fields) - set(kind.accounting)
+    needed = set(kind.key) if op is not Op.LOAD else set(kind.fields) - {*kind.accounting, *kind.live}
     for name in sorted(needed - set(full)):
         raise _rejected(kind, f"{where} lacks {name}")
     for name, value in full.items():

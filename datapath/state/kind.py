@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from datapath.state.document import Document
+
 Columns = dict[str, NDArray[Any]]
 """Field name -> array; all of one length. Integers little-endian, addresses `V16` (network order, IPv4 v4-mapped)."""
 
@@ -77,7 +79,9 @@ class Kind:
     `key` names the fields that identify a record. `required`: a destination that does not know the kind must refuse.
     Exactly one of `columns` and `fields` is given. `fields` maps a record's field to its Python types; `defaults` has
     the values that readers take for fields which a snapshot lacks, `accounting` the fields that may be missing
-    because they are only counted (they are never filled in). `choices` has what a field may hold, where that is a list.
+    because they are only counted (they are never filled in), `live` those that the switch changes by itself: where one
+    is missing, it stays as it is. `choices` has what a field may hold, where that is a list. `document` is what an
+    operator writes for the kind at a port; None: it is not declared so.
     """
 
     name: str
@@ -89,7 +93,18 @@ class Kind:
     fields: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     accounting: tuple[str, ...] = ()
+    live: tuple[str, ...] = ()
     choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    document: type[Document] | None = None
+
+    def bare(self, record: Record) -> Record:
+        """The record as it is configured: without what is counted and what the switch changes."""
+        moving = {*self.accounting, *self.live}
+        return {name: value for name, value in record.items() if name not in moving}
+
+    def key_of(self, record: Record) -> tuple[Any, ...]:
+        """What identifies a record of the kind within its port."""
+        return tuple(record[name] for name in self.key)
 
 
 @dataclass(frozen=True)

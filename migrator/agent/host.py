@@ -12,6 +12,7 @@ import structlog
 
 from datapath.errors import Error, NotReady
 from datapath.provider import Driver, PortRef, PortState, PortStatus
+from datapath.registry import KINDS
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent import orders
 from migrator.agent.end import Surroundings
@@ -214,9 +215,11 @@ class HostConfig:
         if status.record.get("revision", 0) <= order.revision and status.record != record:
             self._driver.update(status.ref, record)
         self._set_rules(order, status.ref)
+        problems = self._set_kinds(order, status.ref)
         self._changed(status.ref, order.revision, lambda: self._change(order, self._driver.port(status.ref)))
         if status.state is PortState.STAGED and not self._in_hand(status.ref.vm):
             self._driver.open(status.ref)  # an earlier run of the agent ended between the two
+        _tell(problems)
 
     def _set_rules(self, order: pb.PortOrder, ref: PortRef) -> None:
         present = [dict(record) for table in self._driver.dump(ref, "acl") for record in table.records or ()]
@@ -227,16 +230,35 @@ class HostConfig:
         if withdrawn is not None:
             self._driver.load(ref, withdrawn)
 
+    def _set_kinds(self, order: pb.PortOrder, ref: PortRef) -> list[str]:
+        """Kinds of state that are declared at the port. What cannot be set is told: the port goes on without it."""
+        held, problems = self._driver.kinds(), []
+        for kind in (kind for kind in KINDS.values() if kind.document is not None and kind.name in held):
+            present = (record for table in self._driver.dump(ref, kind.name) for record in table.records or ())
+            try:
+                for table in orders.kind_changes(order, kind, present):
+                    self._driver.load(ref, table)
+            except Error as error:
+                problems.append(f"{kind.name}: {error}")
+        return problems + [f"{name}: this switch holds no such state" for name in order.port.kinds if name not in held]
+
     def _make(self, order: pb.PortOrder, ref: PortRef) -> None:
         """A new VM: nothing is known of it, so it opens at once."""
         self._driver.stage(ref, orders.port_record(order, self.mtu(order.port.network)), order.device)
         try:
             self._driver.load(ref, orders.rules(order))
+            problems = self._set_kinds(order, ref)
             self._driver.open(ref)
         except Error:
             self._driver.purge(ref)
             raise
         self._log.info("port opened", vm=ref.vm, mac=ref.mac, epoch=ref.epoch, device=order.device)
+        _tell(problems)
+
+
+def _tell(problems: list[str]) -> None:
+    if problems:
+        raise NotReady("; ".join(problems), hint="the port passes frames; what is named is not in force")
 
 
 def _by_port(statuses: Iterable[PortStatus]) -> dict[tuple[str, str], list[PortStatus]]:

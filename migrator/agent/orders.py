@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import msgpack
 
+from datapath.errors import LoadRejected
 from datapath.provider import Need, Network, NetworkKind, Place, PortRef
 from datapath.registry import KINDS
-from datapath.state.kind import Op, Record, Table
+from datapath.state.check import checked_records
+from datapath.state.kind import Kind, Op, Record, Table
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.guests.word import MoveOptions
+from migrator.config import kind_records
 from migrator.errors import Corrupt
 
 CHANNEL_MAX = (1 << 24) - 1
@@ -76,6 +80,19 @@ def same_rules(order: pb.PortOrder, present: list[Record]) -> bool:
     return sorted(bare, key=_by_id) == sorted((_rule(rule) for rule in order.rules), key=_by_id)
 
 
+def kind_changes(order: pb.PortOrder, kind: Kind, present: Iterable[Record]) -> list[Table]:
+    """Tables that make what a port has of a kind (`present`) what the order says. Raises ConfigInvalid."""
+    text = order.port.kinds.get(kind.name)
+    wanted = {kind.key_of(record): record for record in (kind_records(kind.name, text) if text else ())}
+    here = {kind.key_of(record): kind.bare(record) for record in present}
+    gone: list[Record] = [
+        {name: record[name] for name in kind.key} for key, record in here.items() if key not in wanted
+    ]
+    new = [record for key, record in wanted.items() if here.get(key) != record]
+    tables = [Table(kind.name, Op.DELETE, records=gone)] if gone else []
+    return [*tables, Table(kind.name, records=new)] if new else tables
+
+
 def _by_id(record: Record) -> int:
     return int(record["id"])
 
@@ -114,6 +131,7 @@ def need_message(need: Need, refs: list[PortRef]) -> pb.Need:
         connections=need.connections,
         epochs={ref.mac: ref.epoch for ref in refs},
         optional=sorted(name for name in need.kinds if name in KINDS and not KINDS[name].required),
+        configured=msgpack.packb({name: list(records) for name, records in need.configured.items()}),
     )
 
 
@@ -122,17 +140,41 @@ def need_of(message: pb.Need, held: Mapping[str, int]) -> Need:
 
     Raises Corrupt for records that are not a list of maps.
     """
-    if len(message.records) > RECORDS_BYTES:
-        raise Corrupt(f"records of the ports have {len(message.records)} bytes", field="need.records")
-    try:
-        records = msgpack.unpackb(message.records, strict_map_key=True)
-    except (ValueError, msgpack.UnpackException) as error:
-        raise Corrupt(f"records of the ports: {error}", field="need.records") from error
-    if not isinstance(records, list) or not all(isinstance(r, dict) and isinstance(r.get("mac"), str) for r in records):
+    records = _records(_unpacked(message.records, "records"), "records")
+    if not all(isinstance(record.get("mac"), str) for record in records):
         raise Corrupt("records of the ports are not a list of maps with a MAC", field="need.records")
+    configured = _unpacked(message.configured, "configured") if message.configured else {}
+    if not isinstance(configured, dict) or not all(isinstance(name, str) for name in configured):
+        raise Corrupt("configured records are not a map of kinds", field="need.configured")
+    checked = {name: _checked(name, _records(value, "configured")) for name, value in configured.items()}
     skipped = {name for name in message.optional if message.kinds[name] > held.get(name, 0)}
     kinds = {name: version for name, version in message.kinds.items() if name not in skipped}
-    return Need(kinds, records, message.rules_max, message.connections)
+    return Need(kinds, records, message.rules_max, message.connections, checked)
+
+
+def _unpacked(data: bytes, name: str) -> Any:
+    if len(data) > RECORDS_BYTES:
+        raise Corrupt(f"{name} of the ports have {len(data)} bytes", field=f"need.{name}")
+    try:
+        return msgpack.unpackb(data, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise Corrupt(f"{name} of the ports: {error}", field=f"need.{name}") from error
+
+
+def _records(value: Any, name: str) -> list[Record]:
+    if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
+        raise Corrupt(f"{name} of the ports are not a list of maps", field=f"need.{name}")
+    return value
+
+
+def _checked(name: str, records: list[Record]) -> list[Record]:
+    """As the kind has them; of a kind that is unknown here, as they came: `kinds` says that it is asked for."""
+    if name not in KINDS:
+        return records
+    try:
+        return checked_records(KINDS[name], Table(name, records=records))
+    except LoadRejected as error:
+        raise Corrupt(str(error), field="need.configured") from error
 
 
 def port_channel(channel: int, macs: Iterable[str], mac: str) -> int:

@@ -283,8 +283,24 @@ def _check_port(after: Catalog, key: str, port: pb.Port) -> None:
         raise ConfigInvalid(f"port {key}: there is no policy {port.policy}")
     if not port.host:
         raise ConfigInvalid(f"port {key}: host is missing", hint="name the host where the VM is")
+    missing = _missing_kinds(after, port)
+    if missing:
+        raise ConfigInvalid(
+            f"port {key}: host {port.host} holds no state of kind {missing[0]}", hint=_held(after, port)
+        )
     if not device_at(port, port.host):
         raise ConfigInvalid(f"port {key}: no device on host {port.host}", hint="give device, or devices with that host")
+
+
+def _missing_kinds(after: Catalog, port: pb.Port) -> list[str]:
+    """Kinds of the port that the host where its VM is has said nothing of; one that was never seen says nothing."""
+    host = after.hosts.get(port.host)
+    return sorted(name for name in port.kinds if name not in host.kinds) if host is not None and host.kinds else []
+
+
+def _held(after: Catalog, port: pb.Port) -> str:
+    host = after.hosts[port.host]
+    return f"its driver {host.driver} holds {', '.join(sorted(host.kinds))}"
 
 
 def _check_mtu(after: Catalog, key: str, port: pb.Port) -> None:

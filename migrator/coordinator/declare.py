@@ -94,12 +94,13 @@ def _removal(catalog: Catalog, port: pb.Port) -> pb.PortRemoval:
 
 
 def _merged(catalog: Catalog, host: str, port: pb.Port, known: pb.Port | None, planned: Planned) -> pb.Port:
-    """The port as it is to be: whether it still learns is the operator's to say, not the hypervisor's."""
+    """The port as it is to be: whether it still learns, and kinds of state, are the operator's to say."""
     new = pb.Port()
     new.CopyFrom(port)
     new.host = host
     if known is not None:
         new.learning = port.learning or known.learning
+        new.kinds.update({**known.kinds, **port.kinds})
         if not known.declared_by:
             planned.warnings.append(f"port {port.vm}/{port.mac}: an operator's so far, now as {port.declared_by} says")
     namesake = catalog.vm_named(port.name) if port.name else None
@@ -110,7 +111,7 @@ def _merged(catalog: Catalog, host: str, port: pb.Port, known: pb.Port | None, p
 
 
 def refuse_foreign(catalog: Catalog, ports: Iterable[config.Port]) -> None:
-    """An operator may say of a declared port that it learns no more, and nothing else. Raises ConfigInvalid."""
+    """An operator may say of a declared port that it learns no more, and its kinds of state. Raises ConfigInvalid."""
     for port in ports:
         known = catalog.ports.get(port.key)
         by = known.declared_by if known is not None else ""
@@ -120,6 +121,8 @@ def refuse_foreign(catalog: Catalog, ports: Iterable[config.Port]) -> None:
             continue
         new = config.to_message(port)
         new.host, new.learning = known.host, known.learning
+        new.ClearField("kinds")
+        new.kinds.update(known.kinds)
         if new != known:
             raise ConfigInvalid(f"port {port.key} is declared by {by}", hint=_where(known))
 

@@ -48,6 +48,19 @@ enum port_flag {
 	PORT_F_BRIDGED = 1 << 9, /* its device is in a bridge of the host, which floods into it: only ours passes */
 };
 
+/* What a port has beside the plain path; a port without it pays the test of a bit. Kept in port.features. */
+enum port_feature {
+	FEATURE_POLICE_FROM = 1 << 0,
+	FEATURE_POLICE_TO = 1 << 1,
+	FEATURE_SHAPE = 1 << 2,
+	FEATURE_SAMPLE = 1 << 3,
+	FEATURE_EXPORT = 1 << 4,
+	FEATURE_MIRROR = 1 << 5,
+	FEATURE_REMAP = 1 << 6,
+	FEATURE_WINDOW = 1 << 7,
+	FEATURE_MARK_FROM = 1 << 8, /* rewrites DSCP */
+};
+
 enum gate_target {
 	GATE_NONE = 0,     /* drop, DROP_NO_PLACE */
 	GATE_LOCAL = 1,    /* to the port's device, where to_port judges */
@@ -108,6 +121,8 @@ struct port {
 	__u32 timeouts[TIMEOUT_MAX]; /* milliseconds, by enum ct_state or enum timeout_index */
 	__u32 alarm_full;            /* connections refused because the table was full */
 	__u32 evicted;               /* connections evicted for a new one */
+	__u32 features;              /* enum port_feature, written by the agent */
+	__u32 pad;
 };
 
 /* What a device is to the switch: key of `devices` is the ifindex. */
@@ -367,7 +382,13 @@ enum drop_reason {
 	DROP_BROADCAST_PATH = 27, /* broadcast that comes by the other path during a move */
 	DROP_UNKNOWN_UNICAST = 28,
 	DROP_NOT_OURS = 29, /* not sent by the switch: a bridge or the host put it into the port's device */
-	DROP_REASONS = 32,
+	DROP_POLICED = 30,
+	DROP_REMAP = 31,
+	DROP_WINDOW = 32,
+	DROP_SHAPE = 33,
+	DROP_MIRROR = 34,
+	DROP_LABEL = 35,
+	DROP_REASONS = 64,
 };
 
 struct counters {         /* per port and CPU; 0 from the guest, 1 to the guest */

@@ -9,6 +9,7 @@ from typing import Any
 from datapath.drivers.dummy import capacity
 from datapath.drivers.dummy.instance import Instance, Redirect
 from datapath.drivers.dummy.switch import Switch, fabric, ignore
+from datapath.drivers.dummy.tables import RecordTable
 from datapath.errors import FeatureMissing, LoadRejected, NotReady, PortNotFound, StaleEpoch, UnsupportedKind
 from datapath.provider import (
     Driver,
@@ -341,7 +342,8 @@ class DummyDriver(Driver):
             raise NotReady(f"{_name(ref)} is not tracked", hint="call track first")
         if port.overflow:
             raise NotReady(f"{_name(ref)}: more changes than could be noted", hint="track and dump again")
-        return [part for table in port.tables.values() if table.dirty for part in table.drain()]
+        changed = [part for table in port.tables.values() if table.dirty for part in table.drain()]
+        return changed + (_last(port) if port.state is QUIESCED else [])
 
     def untrack(self, ref: PortRef) -> None:
         port = self._port(ref)
@@ -361,8 +363,15 @@ class DummyDriver(Driver):
 
     def describe(self, refs: Sequence[PortRef]) -> Need:
         ports = [self._port(ref, STAGED, ACTIVE, QUIESCED) for ref in refs]
+        configured: dict[str, list[Record]] = {}
+        for port in ports:
+            for name, table in port.tables.items():
+                if table.kind.document is not None and isinstance(table, RecordTable) and len(table):
+                    configured.setdefault(name, []).extend(table.configured())
+        kinds = {n: v for n, v in self.kinds().items() if KINDS[n].document is None or n in configured}
         return Need(
-            kinds=self.kinds(),
+            kinds=kinds,
+            configured=configured,
             records=[dict(port.record) for port in ports],
             rules_max=max((len(port.tables["acl"]) for port in ports if "acl" in port.tables), default=0),
             connections=sum(port.record["connections_max"] for port in ports),
@@ -375,6 +384,12 @@ class DummyDriver(Driver):
             "locations": sorted(f"{network} {mac}" for network, mac in switch.locations),
             "channels": sorted(str(number) for number in switch.channels),
         }
+
+
+def _last(port: Instance) -> list[Table]:
+    """What is live in kinds that note no changes."""
+    kept = [table for table in port.tables.values() if isinstance(table, RecordTable)]
+    return [part for table in kept if Nature.LIVE in table.kind.nature for part in table.dump()]
 
 
 def _name(ref: PortRef) -> str:

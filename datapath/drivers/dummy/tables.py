@@ -182,7 +182,12 @@ class RecordTable(KindTable):
     def __init__(self, kind: Kind, limit: int, port_time: Callable[[], int]) -> None:
         super().__init__(kind, limit, port_time)
         self._records: dict[tuple[Any, ...], Record] = {}
+        self._live: dict[tuple[Any, ...], Record] = {}
         self.carried: dict[tuple[Any, ...], Record] = {}
+
+    def configured(self) -> list[Record]:
+        """The records without what is counted or live."""
+        return list(self._records.values())
 
     def __len__(self) -> int:
         return len(self._records)
@@ -193,20 +198,23 @@ class RecordTable(KindTable):
     def load(self, table: Table) -> Loaded:
         records = checked_records(self.kind, table)
         for record in records:
-            key = tuple(record[name] for name in self.kind.key)
+            key = self.kind.key_of(record)
             counted = {name: record[name] for name in self.kind.accounting if name in record}
             if table.op is Op.DELETE:
-                self._records.pop(key, None)
-                self.carried.pop(key, None)
+                for part in (self._records, self._live, self.carried):
+                    part.pop(key, None)
             elif table.op is Op.ACCOUNT:
                 self.carried[key] = counted
             else:
-                self._records[key] = {name: value for name, value in record.items() if name not in counted}
+                self._records[key] = self.kind.bare(record)
+                self._live.setdefault(key, {}).update({n: record[n] for n in self.kind.live if n in record})
                 self.carried[key] = counted or self.carried.get(key, {})
         return Loaded(len(records))
 
     def dump(self) -> Iterator[Table]:
-        records = [{**record, **self.carried.get(key, {})} for key, record in self._records.items()]
+        records = [
+            {**record, **self._live.get(key, {}), **self.carried.get(key, {})} for key, record in self._records.items()
+        ]
         if records:
             yield Table(self.kind.name, records=records, port_time_ns=self.port_time())
 

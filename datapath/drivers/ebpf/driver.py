@@ -126,7 +126,8 @@ class EbpfDriver(Driver):
     def probe(self, need: Need) -> list[str]:
         with self._structure:  # the slot of a port that is just being purged is free when that is done
             parts = self._parts()
-            return admission.obstacles(need, VERSIONS, parts.networks, parts.instances)
+            found = admission.obstacles(need, VERSIONS, parts.networks, parts.instances)
+            return found + parts.kinds.obstacles(need.configured)
 
     def stage(self, ref: PortRef, record: Record, device: str) -> None:
         with self._structure:
@@ -136,7 +137,10 @@ class EbpfDriver(Driver):
         self._parts().switchover.commit(self._find(ref))
 
     def open(self, ref: PortRef, *, broadcast: bool = True) -> Pumped:
-        return self._parts().switchover.open(self._find(ref), broadcast=broadcast)
+        parts, instance = self._parts(), self._find(ref)
+        passed = parts.switchover.open(instance, broadcast=broadcast)
+        parts.kinds.opened(instance)
+        return passed
 
     def set_broadcast(self, ref: PortRef, on: bool) -> None:
         parts, instance = self._parts(), self._find(ref)
@@ -153,7 +157,9 @@ class EbpfDriver(Driver):
         return None if tap is None or tap.vhost else not tap.readable()
 
     def quiesce(self, ref: PortRef) -> None:
-        self._parts().switchover.quiesce(self._find(ref))
+        parts, instance = self._parts(), self._find(ref)
+        parts.switchover.quiesce(instance)
+        parts.kinds.quiesced(instance)
 
     def take(self, ref: PortRef) -> list[bytes]:
         tap = self._guest_tap(self._find(ref))
@@ -171,7 +177,10 @@ class EbpfDriver(Driver):
     def resume(self, ref: PortRef) -> Pumped:
         instance = self._find(ref)
         instance.forget_guest()
-        return self._parts().switchover.resume(instance)
+        parts = self._parts()
+        passed = parts.switchover.resume(instance)
+        parts.kinds.opened(instance)
+        return passed
 
     def accept_redirect(self, ref: PortRef, channel: int, source: str) -> None:
         parts = self._parts()
@@ -267,8 +276,14 @@ class EbpfDriver(Driver):
 
     def describe(self, refs: Sequence[PortRef]) -> Need:
         entries = [self._find(ref).entry for ref in refs]
+        kinds = self._parts().kinds
+        configured: dict[str, list[Record]] = {}
+        for entry in entries:
+            for name, records in kinds.used(entry).items():
+                configured.setdefault(name, []).extend(records)
         return Need(
-            kinds=VERSIONS,
+            kinds={name: number for name, number in VERSIONS.items() if name not in kinds or name in configured},
+            configured=configured,
             records=[dict(entry.record) for entry in entries],
             rules_max=max((len(entry.rules) for entry in entries), default=0),
             connections=sum(entry.record["connections_max"] for entry in entries),

@@ -53,6 +53,8 @@ PORT = _structure(
         ("timeouts", "<u4", 16),
         ("alarm_full", "<u4"),
         ("evicted", "<u4"),
+        ("features", "<u4"),
+        ("pad", "<u4"),
     ],
 )
 DEVICE = _structure("device", [("slot", "<u4"), ("role", "<u4")])
@@ -119,7 +121,7 @@ COUNTERS = _structure(
     [
         ("packets", "<u8", 2),
         ("bytes", "<u8", 2),
-        ("drops", "<u8", 32),
+        ("drops", "<u8", 64),
         ("would_drop", "<u8"),
         ("held", "<u8", 2),
         ("redirected", "<u8"),

@@ -1,6 +1,7 @@
 """What the kernel's maps cannot tell after a restart of the agent: which port instance a slot is, and names of indexes.
 
-JSON files in `state_dir`: SLOT.json, SLOT.rules.json and SLOT.carried.json for a port, one for networks, one for hosts.
+JSON files in `state_dir`: SLOT.json, SLOT.rules.json, SLOT.kinds.json and SLOT.carried.json for a port, one for
+networks, one for hosts.
 A file is replaced by rename, so a crash leaves the old or the new one. The maps are the truth for everything that
 programs change: states, gates, clocks, tables.
 """
@@ -24,6 +25,8 @@ from datapath.errors import KernelError
 from datapath.provider import Network, NetworkKind, PortRef
 from datapath.state.kind import Record
 
+_PARTS = ("rules", "carried", "kinds")
+
 
 @dataclass(frozen=True)
 class PortEntry:
@@ -41,6 +44,7 @@ class PortEntry:
     committed: bool = False
     rules: tuple[Record, ...] = ()
     carried: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Mapping[str, tuple[Record, ...]] = field(default_factory=dict)  # of kindtable.py, by name
 
     def with_carried(self, part: str, values: Mapping[Any, Any]) -> PortEntry:
         """The same with one part of what was carried replaced."""
@@ -68,12 +72,13 @@ class Ledger:
 
     def _port(self, slot: int) -> PortEntry:
         values = _read(self._ports / f"{slot}.json")
-        rules, carried = (_read_or_none(self._ports / f"{slot}.{part}.json") for part in ("rules", "carried"))
+        rules, carried, kinds = (_read_or_none(self._ports / f"{slot}.{part}.json") for part in _PARTS)
         parts = {"ref": PortRef(**values["ref"]), "rules": tuple(rules or ()), "carried": carried or {}}
+        parts["kinds"] = {name: tuple(records) for name, records in (kinds or {}).items()}
         return PortEntry(**{**values, **parts})
 
     def save_port(self, entry: PortEntry) -> None:
-        """All but rules and what was carried."""
+        """All but what has a file of its own: rules, kinds, and what was carried."""
         with self._files:
             with self._lock:
                 self._later.pop(entry.slot, None)
@@ -98,11 +103,14 @@ class Ledger:
                     self._later = {**entries, **self._later}
 
     def _write_port(self, entry: PortEntry) -> None:
-        values = {name: value for name, value in vars(entry).items() if name not in ("rules", "carried")}
+        values = {name: value for name, value in vars(entry).items() if name not in _PARTS}
         _write(self._ports / f"{entry.slot}.json", {**values, "ref": asdict(entry.ref)})
 
     def save_rules(self, entry: PortEntry) -> None:
         _write(self._ports / f"{entry.slot}.rules.json", entry.rules)
+
+    def save_kinds(self, entry: PortEntry) -> None:
+        _write(self._ports / f"{entry.slot}.kinds.json", entry.kinds)
 
     def save_carried(self, entry: PortEntry) -> None:
         _write(self._ports / f"{entry.slot}.carried.json", entry.carried)

@@ -11,6 +11,7 @@ import numpy as np
 
 from datapath.drivers.ebpf import bpffs, loader, takeover
 from datapath.drivers.ebpf.attach import Attachments, attachments, program_of
+from datapath.drivers.ebpf.configured import TABLES
 from datapath.drivers.ebpf.connections import Connections
 from datapath.drivers.ebpf.counters import Counters
 from datapath.drivers.ebpf.devices import Link, Watch
@@ -22,6 +23,7 @@ from datapath.drivers.ebpf.hosts import Hosts
 from datapath.drivers.ebpf.instances import Instance, Instances
 from datapath.drivers.ebpf.keeper import Keeper
 from datapath.drivers.ebpf.kernel import Kernel
+from datapath.drivers.ebpf.kindtable import KindTables
 from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.ledger import Ledger, PortEntry
 from datapath.drivers.ebpf.loader import Sizes
@@ -89,9 +91,10 @@ class Running:
         self.places = Places(kernel, self.networks, self.hosts, self.underlay.address, self.is_gone)
         self.fdb = Fdb(kernel, self.networks, self.places, ledger)
         self.connections = Connections(kernel, self.words)
-        self.tracking = Tracking(kernel, self.words, self.connections, self.fdb)
         self.policies = Policies(kernel)
         self.counters = Counters(kernel, self.words)
+        self.kinds = KindTables((table(self) for table in TABLES), ledger)
+        self.tracking = Tracking(kernel, self.words, self.connections, self.fdb, self.kinds)
 
     def _make_ports(self) -> None:
         kernel, options = self.kernel, self.options
@@ -154,6 +157,7 @@ class Running:
             raise
         self.watch.start()
         self.reader.start()
+        self.kinds.start()
         self.sweeper.start()
 
     def _take_over(self) -> None:
@@ -204,6 +208,8 @@ class Running:
         instance.hold_began = self.holds.overflowed(instance)
         self.tracking.restore(instance)
         self.instances.add(instance)
+        if entry.state != "stub":
+            self.kinds.applied(instance)
         if entry.state == "active" and self.words.word(entry.slot).state == C.PORT_STAGED:
             self.staging.go_on(instance, entry.ref.epoch, held=False)
         elif self.words.running(entry.slot) and self.words.gate(entry.slot) == (C.GATE_LOCAL, False):
@@ -232,6 +238,7 @@ class Running:
     def stop(self) -> None:
         """Let go; the switch goes on."""
         self.sweeper.stop()
+        self.kinds.stop()
         self.watch.stop()
         try:
             self.reader.stop()
@@ -251,6 +258,7 @@ class Running:
     def destroy(self) -> None:
         """Take all of it off the host."""
         self.sweeper.stop()
+        self.kinds.stop()
         self.watch.stop()
         self.reader.stop()
         for instance in list(self.instances):

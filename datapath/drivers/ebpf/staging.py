@@ -44,6 +44,7 @@ class Staging:
             parts.holds,
             parts.plugs,
         )
+        self._kinds = parts.kinds
 
     # ---- stage ----
 
@@ -67,7 +68,9 @@ class Staging:
             self.configure(instance)
             self._policies.set(slot, entry.rules)
             self._floods.add(self._memberships(instance))
+            self._kinds.applied(instance)
             self._ledger.save_rules(entry)
+            self._ledger.save_kinds(entry)
             epoch_word = Word(C.PORT_STAGED, self.flags(entry.record), entry.ref.epoch)
             self._kernel.ports.store(slot, "word", epoch_word.packed)
             self._instances.add(instance)
@@ -252,6 +255,7 @@ class Staging:
     def _take_tables(self, slot: int) -> None:
         self._kernel.conntracks.remove(slot)
         self._kernel.dirty.remove(slot)
+        self._kinds.clear(slot)
         self._policies.clear(slot)
         set_addresses(self._kernel.addresses, slot, ())
         self._set_trunks(slot, {})

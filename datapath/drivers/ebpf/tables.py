@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from datapath.drivers.ebpf.acl import validate
+from datapath.drivers.ebpf.configured import CONFIGURED
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.noting import note_connections, note_l2
@@ -21,7 +22,8 @@ from datapath.state.port import PORT
 if TYPE_CHECKING:
     from datapath.drivers.ebpf.running import Running
 
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (PORT, ACL, FDB, CONNTRACK)}
+OWN = (PORT, ACL, FDB, CONNTRACK)
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (*OWN, *CONFIGURED)}
 VERSIONS: Mapping[str, int] = {name: kind.version for name, kind in KINDS.items()}
 
 
@@ -31,6 +33,7 @@ class Tables:
     def __init__(self, parts: Running) -> None:
         self._words, self._staging, self._ledger = parts.words, parts.staging, parts.ledger
         self._connections, self._fdb, self._counters = parts.connections, parts.fdb, parts.counters
+        self._kinds = parts.kinds
         self._loads: dict[str, Callable[[Instance, Table], Loaded]] = {
             PORT.name: self._load_port,
             ACL.name: self._load_acl,
@@ -47,6 +50,9 @@ class Tables:
             return iter([Table(PORT.name, records=[dict(instance.entry.record)])])
         if kind == ACL.name:
             return iter([Table(ACL.name, records=self._rules_with_hits(instance))])
+        if kind in self._kinds:
+            table = self._kinds.dump(instance, kind)
+            return iter([table] if len(table) else [])
         if kind == FDB.name:
             return iter([self._fdb.dump(instance, opened=self._opened(instance))])
         return self._connections.dump(instance)
@@ -64,6 +70,8 @@ class Tables:
     def load(self, instance: Instance, table: Table) -> Loaded:
         """Raises UnsupportedKind, LoadRejected, NotReady; then nothing of the table was applied."""
         self._check(instance, table.kind)
+        if table.kind in self._kinds:
+            return self._kinds.load(instance, table)
         return self._loads[table.kind](instance, table)
 
     def _check(self, instance: Instance, kind: str) -> None:
@@ -150,6 +158,7 @@ class Tables:
         self._check(instance, CONNTRACK.name)
         yield from self._connections.counted(instance)
         yield Table(ACL.name, Op.ACCOUNT, records=self._counters.hit_records(instance))
+        yield from self._kinds.settle(instance)
         counters = self._counters.total(instance)
         yield Table(PORT.name, Op.ACCOUNT, records=[{"mac": instance.ref.mac, "counters": counters}])
 

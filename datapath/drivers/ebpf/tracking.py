@@ -10,6 +10,7 @@ from datapath.drivers.ebpf.connections import Connections
 from datapath.drivers.ebpf.fdb import Fdb
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.kernel import Kernel
+from datapath.drivers.ebpf.kindtable import KindTables
 from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.maps import Table as Map
 from datapath.drivers.ebpf.words import Words
@@ -23,8 +24,9 @@ KEYS_MAX = 65_536
 class Tracking:
     """Whoever calls sees to it that one port has one caller."""
 
-    def __init__(self, kernel: Kernel, words: Words, connections: Connections, fdb: Fdb) -> None:
+    def __init__(self, kernel: Kernel, words: Words, connections: Connections, fdb: Fdb, kinds: KindTables) -> None:
         self._kernel, self._words, self._connections, self._fdb = kernel, words, connections, fdb
+        self._kinds = kinds
 
     def begin(self, instance: Instance) -> None:
         """Link a set. When this returns every program sees it: what it changes from here on is noted.
@@ -51,7 +53,10 @@ class Tracking:
         instance.dirty = self._kernel.dirty.inner(instance.slot)
 
     def drain(self, instance: Instance) -> list[Table]:
-        """What changed since the last drain, as it is now. Raises NotReady when it is not tracked, or overflowed."""
+        """What changed since the last drain, as it is now; of a port that has stopped also what is live elsewhere.
+
+        Raises NotReady when it is not tracked, or overflowed.
+        """
         if instance.dirty is None:
             raise NotReady(f"changes of port {instance.ref.mac} are not tracked", hint="track it first")
         keys, _ = instance.dirty.take_all()
@@ -60,14 +65,15 @@ class Tracking:
                 f"more than {KEYS_MAX} records of port {instance.ref.mac} changed between two drains",
                 hint="track again and dump the tables anew",
             )
+        last = self._kinds.last(instance) if self._words.word(instance.slot).state == C.PORT_QUIESCED else []
         if not len(keys):
-            return []
+            return last
         l2 = keys["type"] == C.CT_TYPE_L2
         readers: list[tuple[np.ndarray, Callable[[Instance, np.ndarray], list[Table]]]] = [
             (keys[l2], self._fdb.changed),
             (keys[~l2], self._connections.changed),
         ]
-        return [table for part, read in readers if len(part) for table in read(instance, part)]
+        return [table for part, read in readers if len(part) for table in read(instance, part)] + last
 
     def _replace(self, instance: Instance, fresh: Map | None) -> None:
         if instance.dirty is not None:

@@ -1,0 +1,10 @@
+"""The configured kinds of state that this driver holds: a line for each (kindtable.py says what one is)."""
+
+from __future__ import annotations
+
+from datapath.drivers.ebpf.kindtable import KindTable
+from datapath.state.kind import Kind
+
+TABLES: tuple[type[KindTable], ...] = ()
+
+CONFIGURED: tuple[Kind, ...] = tuple(table.kind for table in TABLES)

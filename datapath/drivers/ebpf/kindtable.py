@@ -1,0 +1,177 @@
+"""A configured kind of state in the kernel: what each of them is to the driver, and all of them together.
+
+The driver keeps the records in its ledger and knows when a port comes, changes, moves and goes; a KindTable brings
+records into the kernel and reads from it what the switch counted or changed by itself. Kinds with tables of their own
+in the packet path's data model (port, acl, fdb, conntrack) are not among them: tables.py has these.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from datapath.drivers.ebpf.instances import Instance
+from datapath.drivers.ebpf.ledger import Ledger, PortEntry
+from datapath.errors import LoadRejected
+from datapath.provider import Loaded
+from datapath.state.check import checked_records
+from datapath.state.kind import Kind, Nature, Op, Record, Table
+
+if TYPE_CHECKING:
+    from datapath.drivers.ebpf.running import Running
+
+
+class KindTable(abc.ABC):
+    """One kind. One port has one caller; different ports may be in hand side by side.
+
+    Between a pause and the commit only `quiesced`, `dump` and `restore` are called: these wait for no disk and no RCU.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(self, parts: Running) -> None:
+        """`parts`: the running switch; when this is called its kernel, words, networks and instances are there."""
+        self._parts = parts
+
+    @abc.abstractmethod
+    def apply(self, instance: Instance, records: Sequence[Record], before: Sequence[Record]) -> None:
+        """Make the port so: `records` are all it has of the kind, each checked against the kind; `before` the last.
+
+        Also called, with nothing before, for a port that is made, that an agent finds again at its start, and after its
+        maps were taken over: whatever is there, this is what it has to be. Live state that is there stays.
+        Raises LoadRejected or UnsupportedKind; then nothing has changed.
+        """
+
+    @abc.abstractmethod
+    def clear(self, slot: int) -> None:
+        """Nothing of the kind is left in a slot, whatever there was."""
+
+    def dump(self, instance: Instance, records: Sequence[Record]) -> list[Record]:  # noqa: ARG002
+        """The same records with what is live and counted in them, carried included."""
+        return list(records)
+
+    def restore(self, instance: Instance, records: Sequence[Record]) -> None:  # noqa: B027
+        """Live fields of records that another host dumped (those that have any)."""
+
+    def account(self, instance: Instance, records: Sequence[Record]) -> None:  # noqa: B027
+        """What other hosts counted: assigned beside what is counted here, so that doing it twice does no harm."""
+
+    def counted(self, instance: Instance, records: Sequence[Record]) -> list[Record]:  # noqa: ARG002
+        """Keys and accounting fields, here and before, for `account` elsewhere."""
+        return []
+
+    def obstacles(self, records: Sequence[Record]) -> list[str]:  # noqa: ARG002
+        """Why this host cannot hold such records, each a sentence that names the thing."""
+        return []
+
+    def opened(self, instance: Instance) -> None:  # noqa: B027
+        """The guest runs here from now on."""
+
+    def quiesced(self, instance: Instance) -> None:  # noqa: B027
+        """The port has stopped; the next `dump` is what goes to the other host. A rollback is told by `opened`."""
+
+    def start(self) -> None:  # noqa: B027
+        """Threads and sockets. Ports of an earlier run have been applied by then."""
+
+    def stop(self) -> None:  # noqa: B027
+        """The end of `start`; the switch goes on."""
+
+
+class KindTables:
+    """All of them by name, and their records of each port in the ledger."""
+
+    def __init__(self, tables: Iterable[KindTable], ledger: Ledger) -> None:
+        self._tables: Mapping[str, KindTable] = {table.kind.name: table for table in tables}
+        self._ledger = ledger
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tables
+
+    # ---- life ----
+
+    def start(self) -> None:
+        for table in self._tables.values():
+            table.start()
+
+    def stop(self) -> None:
+        for table in self._tables.values():
+            table.stop()
+
+    def applied(self, instance: Instance) -> None:
+        """A port is made, or found again: what the ledger says of it comes into the kernel."""
+        for table, records in self._of(instance):
+            table.apply(instance, records, ())
+
+    def opened(self, instance: Instance) -> None:
+        for table, records in self._of(instance):
+            if records:
+                table.opened(instance)
+
+    def quiesced(self, instance: Instance) -> None:
+        for table, records in self._of(instance):
+            if records:
+                table.quiesced(instance)
+
+    def clear(self, slot: int) -> None:
+        for table in self._tables.values():
+            table.clear(slot)
+
+    def _of(self, instance: Instance) -> Iterator[tuple[KindTable, Sequence[Record]]]:
+        for name, table in self._tables.items():
+            yield table, instance.entry.kinds.get(name, ())
+
+    # ---- state ----
+
+    def used(self, entry: PortEntry) -> Mapping[str, Sequence[Record]]:
+        """Kinds that a port has records of."""
+        return {name: records for name, records in entry.kinds.items() if records and name in self._tables}
+
+    def obstacles(self, configured: Mapping[str, Sequence[Record]]) -> list[str]:
+        """Why this host cannot hold such records."""
+        known = [(self._tables[name], records) for name, records in configured.items() if name in self._tables]
+        return [sentence for table, records in known for sentence in table.obstacles(records)]
+
+    def dump(self, instance: Instance, name: str) -> Table:
+        table, records = self._tables[name], instance.entry.kinds.get(name, ())
+        return Table(name, records=table.dump(instance, records) if records else [])
+
+    def last(self, instance: Instance) -> list[Table]:
+        """All that is live of a port that has stopped."""
+        live = [name for name, table in self._tables.items() if Nature.LIVE in table.kind.nature]
+        return [found for name in live if len(found := self.dump(instance, name))]
+
+    def settle(self, instance: Instance) -> Iterator[Table]:
+        for table, records in self._of(instance):
+            counted = table.counted(instance, records) if records else []
+            if counted:
+                yield Table(table.kind.name, Op.ACCOUNT, records=counted)
+
+    def load(self, instance: Instance, table: Table) -> Loaded:
+        """Raises LoadRejected, UnsupportedKind; then nothing of the table was applied."""
+        part = self._tables[table.kind]
+        records = checked_records(part.kind, table)
+        if table.op is Op.ACCOUNT:
+            part.account(instance, records)
+        else:
+            self._configure(part, instance, table.op, records)
+        if table.op is Op.LOAD:
+            part.restore(instance, [one for one in records if any(name in one for name in part.kind.live)])
+            part.account(instance, [one for one in records if any(name in one for name in part.kind.accounting)])
+        return Loaded(len(records))
+
+    def _configure(self, part: KindTable, instance: Instance, op: Op, records: Sequence[Record]) -> None:
+        kind = part.kind
+        before = instance.entry.kinds.get(kind.name, ())
+        named = {kind.key_of(record): record for record in records}
+        if len(named) != len(records):
+            raise LoadRejected(f"{kind.name}: two records have one key", hint=f"{', '.join(kind.key)} differ in each")
+        bare = {key: kind.bare(record) for key, record in named.items()} if op is Op.LOAD else {}
+        kept = {kind.key_of(one): one for one in before}
+        wanted = tuple({**{key: one for key, one in kept.items() if key not in named or key in bare}, **bare}.values())
+        if wanted == tuple(before):
+            return
+        part.apply(instance, wanted, before)
+        instance.entry = replace(instance.entry, kinds={**instance.entry.kinds, kind.name: wanted})
+        self._ledger.save_kinds(instance.entry)
