@@ -304,12 +304,12 @@ def _for_message(model: BaseModel) -> dict[str, Any]:
     if isinstance(model, PortFields):
         body["no_antispoof"] = not body.pop("antispoof")
         declared = {name: document for name in DOCUMENTS if (document := getattr(model, name))}
-        body["kinds"] = {name: _written(document) for name, document in declared.items()}
+        body["kinds"] = {name: written(document) for name, document in declared.items()}
     return body
 
 
-def _written(document: BaseModel) -> str:
-    """One text for each content: configurations are compared by it."""
+def written(document: BaseModel) -> str:
+    """A kind's document as a port's `kinds` hold it: one text for each content, for it is compared."""
     return json.dumps(document.model_dump(mode="json", exclude_unset=True), sort_keys=True, separators=(",", ":"))
 
 

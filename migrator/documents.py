@@ -55,6 +55,14 @@ def read_documents(text: str, name: str) -> Config:
     return Config(**{field: [item for part in parts for item in getattr(part, field)] for field in Config.model_fields})
 
 
+def read_value(text: str, name: str) -> Any:
+    """The one document of a YAML text. Raises ConfigInvalid."""
+    found = [body for body, _ in _read_yaml(text, name)]
+    if len(found) != 1:
+        raise ConfigInvalid(f"{name}: expected one document, not {len(found)}")
+    return found[0]
+
+
 def read_toml(text: str, name: str) -> dict[str, Any]:
     """A TOML text as a mapping. Raises ConfigInvalid with the line."""
     try:

@@ -14,6 +14,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.cli.apply import apply as apply_command
 from migrator.cli.changes import apply, checked, declared, remove, report
 from migrator.cli.context import Context, Group, complete, pass_context
+from migrator.cli.kinds import plain_port, print_records, records_here, set_, unset
 from migrator.cli.local import find_ports, here
 from migrator.errors import ConfigInvalid, ObjectNotFound
 from migrator.table import plain, print_fields, print_json, print_table
@@ -25,6 +26,8 @@ def port() -> None:
 
 
 port.add_command(apply_command)
+port.add_command(set_)
+port.add_command(unset)
 
 
 @port.command()
@@ -71,7 +74,7 @@ def list_(context: Context) -> None:
     """All ports of the cluster."""
     ports = declared(context).ports
     if context.json:
-        print_json([plain(item) for item in ports])
+        print_json([plain_port(item) for item in ports])
         return
     rows = [(p.vm, p.name, p.mac, p.network, p.host, p.policy, _mode(p), list(p.addresses)) for p in ports]
     print_table(("VM", "NAME", "MAC", "NETWORK", "HOST", "POLICY", "MODE", "ADDRESSES"), rows)
@@ -93,18 +96,26 @@ def show(context: Context, word: str) -> None:
         known = {}
         click.echo(f"migrator: no counters: {error}", err=True)
     statuses = [known.get((p.vm, p.mac)) for p in ports]
+    kinds = [records_here(context, p) if s is not None else {} for p, s in zip(ports, statuses, strict=True)]
     if context.json:
-        pairs = zip(ports, statuses, strict=True)
-        print_json([{**plain(p), "status": plain(s) if s is not None else None} for p, s in pairs])
+        triples = zip(ports, statuses, kinds, strict=True)
+        print_json([{**plain_port(p), "status": _status(s, records)} for p, s, records in triples])
         return
-    for number, (declared_port, status) in enumerate(zip(ports, statuses, strict=True)):
+    for number, (declared_port, status, records) in enumerate(zip(ports, statuses, kinds, strict=True)):
         if number:
             click.echo()
         _print(declared_port, status)
+        for kind, found in records.items():
+            click.echo()
+            print_records(kind, found)
+
+
+def _status(status: pb.PortStatus | None, records: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    return {**plain(status), "kinds": records} if status is not None else None
 
 
 def _print(declared_port: pb.Port, status: pb.PortStatus | None) -> None:
-    body = plain(declared_port)
+    body = plain_port(declared_port)
     if status is not None:
         live = plain(status)
         instance = live.pop("instance")
