@@ -3,6 +3,7 @@
 #include "control.bpf.c"
 #include "from_hold.bpf.c"
 #include "from_port.bpf.c"
+#include "from_shaper.bpf.c"
 #include "from_tunnel.bpf.c"
 #include "from_uplink.bpf.c"
 #include "to_port.bpf.c"

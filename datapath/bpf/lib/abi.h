@@ -24,6 +24,8 @@ enum abi_constant {
 	ABI_EVENT_BYTES = EVENT_BYTES,
 	ABI_EXCHANGE_LENGTH = EXCHANGE_LENGTH,
 	ABI_HOLD_FRAMES = HOLD_FRAMES,
+	ABI_QOS_SHIFT = QOS_SHIFT,
+	ABI_QOS_CLASS = QOS_CLASS(0),
 };
 
 union abi {
@@ -41,6 +43,7 @@ union abi {
 	enum ct_type ct_type;
 	enum acl_direction acl_direction;
 	enum acl_action acl_action;
+	enum qos_flag qos_flag;
 	enum drop_reason drop_reason;
 	enum event_type event_type;
 	struct port port;
@@ -63,6 +66,7 @@ union abi {
 	struct acl_rule acl_rule;
 	struct hits_key hits_key;
 	struct hits hits;
+	struct qos qos;
 	struct counters counters;
 	struct event event;
 	struct settings settings;

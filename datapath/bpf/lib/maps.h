@@ -249,6 +249,15 @@ struct {
 	PINNED;
 } rule_hits SEC(".maps");
 
+struct { /* slot * 2 + direction. The agent maps it into its memory: fields change one by one, `due` goes on */
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 2 * SLOTS_DEFAULT);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct qos);
+	PINNED;
+} qos SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 22);

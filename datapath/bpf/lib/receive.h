@@ -18,6 +18,7 @@
 #include "maps.h"
 #include "mark.h"
 #include "packet.h"
+#include "qos.h"
 #include "spoof.h"
 #include "vlan.h"
 
@@ -98,6 +99,8 @@ static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __
 		reason = spoof_check(skb, port, &pkt, network, eth.h_source);
 	if (!reason && mac_is_group(eth.h_source))
 		reason = DROP_SPOOF_MAC;
+	if (!reason && (port->features & FEATURE_POLICE_FROM))
+		reason = qos_pass(skb, &pkt, port->slot, FROM_GUEST);
 	if (!reason && !(flags & PORT_F_STATELESS))
 		reason = judge(skb, port, &pkt, FROM_GUEST);
 	if (!reason && !mac_equal(eth.h_source, port->mac))
@@ -114,6 +117,7 @@ static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __
 static __always_inline int receive(struct __sk_buff *skb, __u32 slot, __u32 path)
 {
 	struct port *port = bpf_map_lookup_elem(&ports, &slot);
+	struct qos *way = NULL;
 	__u32 network;
 	int reason = DROP_NONE, vid;
 	__u8 state;
@@ -132,9 +136,14 @@ static __always_inline int receive(struct __sk_buff *skb, __u32 slot, __u32 path
 	network = receive_network(skb, port, vid);
 	if (!network)
 		return drop_at(skb, port, FROM_GUEST, vid || vlan_tagged(skb) ? DROP_VLAN : DROP_NO_NETWORK);
-	if (!mark_take(skb)) /* marked: the switch's own answer for the guest, a reject */
+	if (!mark_take(skb)) { /* marked: the switch's own answer for the guest, a reject */
 		reason = receive_check(skb, port, network, vid);
+		if (port->features & FEATURE_SHAPE)
+			way = qos_of(slot, FROM_GUEST);
+	}
 	if (reason)
 		return drop_at(skb, port, FROM_GUEST, reason);
+	if (way)
+		return qos_wait(skb, port, way, vid, path & PATH_CLONE);
 	return forward(skb, network, SOURCE(L2_PORT, slot), path & PATH_CLONE);
 }

@@ -135,6 +135,7 @@ enum device_role {
 	DEVICE_UPLINK = 5,
 	DEVICE_TUNNEL = 6,
 	DEVICE_INJECT = 7, /* frames of the agent as if the guest sent them now, behind those that are held */
+	DEVICE_SHAPER = 8, /* behind the shaper: frames of guests that have waited there */
 };
 
 struct device {
@@ -346,6 +347,32 @@ struct hits_key {
 struct hits {
 	__u64 packets;
 	__u64 bytes;
+};
+
+/* ---- quality of service ------------------------------------------------------------------------------------- */
+
+enum qos_flag {
+	QOS_F_LIMIT = 1 << 0, /* has a bucket */
+	QOS_F_SHAPE = 1 << 1, /* what is beyond HTB's bucket waits; without it is dropped */
+	QOS_F_MARK = 1 << 2,  /* `dscp` is written over the sender's */
+};
+
+#define QOS_SHIFT 24 /* of qos.interval */
+
+/* Frames of a port that are shaped on their way from the guest wear it as mark and priority: HTB's class. */
+#define QOS_CLASS(slot) (0x6d710000 | (slot))
+
+struct qos {            /* element slot * 2 + direction of `qos` */
+	__u64 due;      /* ktime at which the bucket is full again; programs change it */
+	__u64 interval; /* nanoseconds that a byte takes at the rate, << QOS_SHIFT */
+	__u64 burst;    /* nanoseconds that the bucket takes to fill */
+	__u64 dropped_packets;
+	__u64 dropped_bytes;
+	__u32 flags;    /* enum qos_flag */
+	__u32 priority; /* of the socket buffer: 0..7 */
+	__u32 shaper;   /* from the guest: ifindex of the device that it waits in, 0 none */
+	__u8 dscp;
+	__u8 pad[3];
 };
 
 /* ---- counters, verdicts, events ----------------------------------------------------------------------------- */

@@ -49,7 +49,8 @@ def program_of(role: int, direction: Direction) -> str:
         return "from_port" if direction is Direction.INGRESS else "to_port"
     if direction is Direction.EGRESS:
         return ""
-    return {C.DEVICE_UPLINK: "from_uplink", C.DEVICE_TUNNEL: "from_tunnel"}.get(role, "from_hold" if role else "")
+    own = {C.DEVICE_UPLINK: "from_uplink", C.DEVICE_TUNNEL: "from_tunnel", C.DEVICE_SHAPER: "from_shaper"}
+    return own.get(role, "from_hold" if role else "")
 
 
 class Attachments(abc.ABC):

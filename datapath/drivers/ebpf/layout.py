@@ -116,6 +116,21 @@ ACL_SHAPE = _structure("acl_shape", [("rules", "<u4"), ("intervals", "<u4"), ("g
 ACL_RULE = _structure("acl_rule", [("id", "<u4"), ("action", "u1"), ("log", "u1"), ("pad", "<u2")])
 HITS_KEY = _structure("hits_key", [("slot", "<u4"), ("rule", "<u4")])
 HITS = _structure("hits", [("packets", "<u8"), ("bytes", "<u8")])
+QOS = _structure(
+    "qos",
+    [
+        ("due", "<u8"),
+        ("interval", "<u8"),
+        ("burst", "<u8"),
+        ("dropped_packets", "<u8"),
+        ("dropped_bytes", "<u8"),
+        ("flags", "<u4"),
+        ("priority", "<u4"),
+        ("shaper", "<u4"),
+        ("dscp", "u1"),
+        ("pad", "u1", 3),
+    ],
+)
 COUNTERS = _structure(
     "counters",
     [
