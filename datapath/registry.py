@@ -10,9 +10,10 @@ from datapath.state.acl import ACL
 from datapath.state.conntrack import CONNTRACK
 from datapath.state.fdb import FDB
 from datapath.state.kind import Kind
+from datapath.state.mirror import MIRROR
 from datapath.state.port import PORT
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (PORT, ACL, FDB, CONNTRACK)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (PORT, ACL, FDB, CONNTRACK, MIRROR)}
 """In the order in which a destination loads them."""
 
 

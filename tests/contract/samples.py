@@ -102,6 +102,29 @@ def _conntrack(count: int) -> Table:
     return Table("conntrack", columns=columns, port_time_ns=PORT_TIME_NS)
 
 
+def _mirror(count: int) -> Table:
+    records = [
+        {
+            "name": f"m{number}",
+            "direction": ("both", "from", "to")[number % 3],
+            "vlans": [0, 7] if number % 2 else [],
+            "snap_bytes": 128 if number == 4 else 0,
+            "output": "device",
+            "device": "lo",
+            "vm": "",
+            "mac": "",
+            "network": "",
+            "address": "",
+            "vni": 0,
+            "packets": number * 5,
+            "bytes": number * 500,
+            "dropped": number,
+        }
+        for number in range(count)
+    ]
+    return Table("mirror", records=records, port_time_ns=PORT_TIME_NS)
+
+
 def _random(seed: int, low: int, high: int, count: int) -> NDArray[np.uint64]:
     """Random numbers whose first ones are the same for every count."""
     return np.random.default_rng(seed).integers(low, high, count, dtype=np.uint64)
@@ -115,7 +138,13 @@ def _mapped(addresses: NDArray[Any]) -> NDArray[Any]:
     return full.view("V16").ravel()
 
 
-SAMPLES: dict[str, Callable[[int], Table]] = {"port": _port, "acl": _acl, "fdb": _fdb, "conntrack": _conntrack}
+SAMPLES: dict[str, Callable[[int], Table]] = {
+    "port": _port,
+    "acl": _acl,
+    "fdb": _fdb,
+    "conntrack": _conntrack,
+    "mirror": _mirror,
+}
 
 
 # ---- comparing ----
