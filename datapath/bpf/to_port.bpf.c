@@ -4,6 +4,7 @@
 #include "lib/judge.h"
 #include "lib/maps.h"
 #include "lib/mark.h"
+#include "lib/observe.h"
 #include "lib/qos.h"
 
 static __noinline int to_port_check(struct __sk_buff *skb, struct port *port)
@@ -17,6 +18,8 @@ static __noinline int to_port_check(struct __sk_buff *skb, struct port *port)
 		reason = qos_pass(skb, &pkt, port->slot, TO_GUEST);
 	if (!reason)
 		count_passed(skb, port, &pkt, TO_GUEST);
+	if (!reason && port->features & FEATURES_OBSERVE)
+		observe(skb, port, &pkt, TO_GUEST);
 	return reason;
 }
 

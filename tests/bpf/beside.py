@@ -161,7 +161,7 @@ class Beside:
     def _drops(self) -> str:
         """The frames that were dropped so far, by reason."""
         self._counted = self._counters() - self._before
-        here = {_NAMES[i]: int(n) for i, n in enumerate(self._counted[4:36]) if n}
+        here = {_NAMES[i]: int(n) for i, n in enumerate(self._counted[4 : 4 + MODEL.DROP_REASONS]) if n}
         there = {reason: count for reason, count in self._reasons.items() if count}
         return "" if here == there else f"drops differ: {_difference(here, there)}"
 
@@ -170,7 +170,7 @@ class Beside:
             ("connections", self._connections(), _expected(reference)),
             ("hits", self._hits(), {n: (c, reference.hit_bytes[n]) for n, c in reference.hits.items()}),
             ("counters", [int(n) for n in self._counted[:4]], [*reference.passed, *reference.passed_bytes]),
-            ("would_drop", int(self._counted[36]), reference.would_drop),
+            ("would_drop", int(self._counted[4 + MODEL.DROP_REASONS]), reference.would_drop),
             ("learned", int(self.switch.get("ports", "port", SLOT).learned), len(reference.learned)),
         ):
             if here != there:

@@ -22,6 +22,7 @@ enum abi_constant {
 	ABI_HOPS_MAX = HOPS_MAX,
 	ABI_SKB_MARK_JUDGED = SKB_MARK_JUDGED,
 	ABI_EVENT_BYTES = EVENT_BYTES,
+	ABI_SAMPLE_BYTES = SAMPLE_BYTES,
 	ABI_EXCHANGE_LENGTH = EXCHANGE_LENGTH,
 	ABI_HOLD_FRAMES = HOLD_FRAMES,
 	ABI_QOS_SHIFT = QOS_SHIFT,
@@ -69,6 +70,8 @@ union abi {
 	struct qos qos;
 	struct counters counters;
 	struct event event;
+	struct sampling sampling;
+	struct sample sample;
 	struct settings settings;
 	struct exchange exchange;
 	struct ct_batch ct_batch;

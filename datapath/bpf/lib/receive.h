@@ -17,6 +17,7 @@
 #include "l2.h"
 #include "maps.h"
 #include "mark.h"
+#include "observe.h"
 #include "packet.h"
 #include "qos.h"
 #include "spoof.h"
@@ -81,32 +82,53 @@ static __noinline __u32 receive_network(struct __sk_buff *skb, struct port *port
 	return network ? *network : 0;
 }
 
+/* Whether the frame has a sender that it may have. Returns enum drop_reason. Apart, as the next one is: the stack of
+ * receive_check() stands under the deepest chain of calls. */
+static __noinline int receive_sender(struct __sk_buff *skb, struct port *port, struct packet *pkt, __u32 network)
+{
+	struct ethhdr eth;
+	int reason = DROP_NONE;
+
+	if (l2_macs(skb, &eth))
+		return DROP_MALFORMED;
+	if (port_flags(port) & PORT_F_ANTISPOOF)
+		reason = spoof_check(skb, port, pkt, network, eth.h_source);
+	if (!reason && mac_is_group(eth.h_source))
+		reason = DROP_SPOOF_MAC;
+	return reason;
+}
+
+/* Learns who sent it, behind the port. Returns enum drop_reason. */
+static __noinline int receive_learn(struct __sk_buff *skb, struct port *port, __u32 network, __u32 vid)
+{
+	struct ethhdr eth;
+
+	if (l2_macs(skb, &eth))
+		return DROP_MALFORMED;
+	return mac_equal(eth.h_source, port->mac) ? DROP_NONE : l2_learn_port(port, network, eth.h_source, vid);
+}
+
 /* Everything between the network of a frame and its forwarding. Returns enum drop_reason. */
 static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __u32 network, __u32 vid)
 {
-	__u32 flags = port_flags(port);
 	struct packet pkt = {};
-	struct ethhdr eth;
 	int reason;
 
 	reason = parse(skb, &pkt, FROM_GUEST);
 	if (reason)
 		return reason;
 	pkt.vlan = vid;
-	if (l2_macs(skb, &eth))
-		return DROP_MALFORMED;
-	if (flags & PORT_F_ANTISPOOF)
-		reason = spoof_check(skb, port, &pkt, network, eth.h_source);
-	if (!reason && mac_is_group(eth.h_source))
-		reason = DROP_SPOOF_MAC;
+	reason = receive_sender(skb, port, &pkt, network);
 	if (!reason && (port->features & FEATURE_POLICE_FROM))
 		reason = qos_pass(skb, &pkt, port->slot, FROM_GUEST);
-	if (!reason && !(flags & PORT_F_STATELESS))
+	if (!reason && !(port_flags(port) & PORT_F_STATELESS))
 		reason = judge(skb, port, &pkt, FROM_GUEST);
-	if (!reason && !mac_equal(eth.h_source, port->mac))
-		reason = l2_learn_port(port, network, eth.h_source, vid);
+	if (!reason)
+		reason = receive_learn(skb, port, network, vid);
 	if (!reason)
 		count_passed(skb, port, &pkt, FROM_GUEST);
+	if (!reason && port->features & FEATURES_OBSERVE)
+		observe(skb, port, &pkt, FROM_GUEST);
 	return reason;
 }
 

@@ -452,6 +452,45 @@ struct event {
 	__u8 data[EVENT_BYTES];
 };
 
+/* ---- sampling: lib/sample.h -------------------------------------------------------------------------------------- */
+
+#define SAMPLE_BYTES 128 /* of a frame at most */
+
+/*
+ * Sampling of a port. `pool` and `next` count frames on the wire since the sub-agent began, on whichever host. The last
+ * four are the agent's, which programs do not read: what collectors were told, so that the next agent goes on from
+ * there.
+ */
+struct sampling {
+	__u64 pool;            /* frames that could have been sampled */
+	__u64 next;            /* number of the frame that is sampled next, 0 not drawn yet */
+	__u64 drops;           /* samples that found no room */
+	__u64 due;             /* when the next sample may be taken: limit.h */
+	__u32 rate;            /* one of so many, 0 none */
+	__u32 header_bytes;    /* 1..SAMPLE_BYTES */
+	__u64 began;           /* ktime at which the sub-agent's uptime was 0 */
+	__u64 datagrams;       /* sequence numbers: the last that were used */
+	__u64 flow_samples;    /* of the port */
+	__u64 counter_samples; /* of the port */
+};
+
+struct sample {     /* record of `samples` */
+	__u64 pool; /* struct sampling, with this frame */
+	__u64 drops;
+	__u32 slot;
+	__u32 epoch;
+	__u32 length;  /* on the wire, without FCS and accelerated tag */
+	__u32 segment; /* of a GSO frame, from 0 */
+	__u16 size;    /* bytes that each segment but the last carries, 0 for a frame that is one on the wire */
+	__u16 headers; /* bytes before them, 0 the same */
+	__u16 vlan;    /* tag between guest and switch, 0 none */
+	__u8 direction;
+	__u8 captured; /* bytes of data */
+	__u8 last;     /* it is the last segment */
+	__u8 pad[7];
+	__u8 data[2 * SAMPLE_BYTES]; /* the second half is never full: the verifier adds up two bounds */
+};
+
 struct settings {     /* one element */
 	__u32 tunnel; /* ifindex of the vxlan device, 0 none */
 	__u32 mtu;    /* of the underlay */

@@ -159,6 +159,25 @@ EVENT = _structure(
         ("data", "u1", 128),
     ],
 )
+SAMPLING = _structure(
+    "sampling",
+    [
+        *((name, "<u8") for name in ("pool", "next", "drops", "due")),
+        *((name, "<u4") for name in ("rate", "header_bytes")),
+        *((name, "<u8") for name in ("began", "datagrams", "flow_samples", "counter_samples")),
+    ],
+)
+SAMPLE = _structure(
+    "sample",
+    [
+        *((name, "<u8") for name in ("pool", "drops")),
+        *((name, "<u4") for name in ("slot", "epoch", "length", "segment")),
+        *((name, "<u2") for name in ("size", "headers", "vlan")),
+        *((name, "u1") for name in ("direction", "captured", "last")),
+        ("pad", "u1", 7),
+        ("data", "u1", 256),
+    ],
+)
 SETTINGS = _structure("settings", [("tunnel", "<u4"), ("mtu", "<u4"), ("boot", "<u8")])
 
 
