@@ -604,10 +604,7 @@ def test_only_root_is_served() -> None:
         'import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.sendall(b\'{"op":"hook"}\\n\'); '
     )
     code += "sys.stdout.buffer.write(s.recv(100))"
-
-    def nobody() -> None:
-        os.setgid(65534)
-        os.setuid(65534)
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]  # not in a fork, which gRPC's threads mind
 
     async def work() -> None:
         short = Path("/run") / f"hook-{os.getpid()}.sock"
@@ -616,8 +613,7 @@ def test_only_root_is_served() -> None:
                 short.chmod(mode)
                 done = await asyncio.to_thread(
                     subprocess.run,
-                    ["/usr/bin/python3", "-I", "-c", code, str(short)],
-                    preexec_fn=nobody,
+                    [*nobody, "/usr/bin/python3", "-I", "-c", code, str(short)],
                     capture_output=True,
                     timeout=20,
                 )
