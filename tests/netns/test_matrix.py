@@ -7,6 +7,7 @@ Here each phase once. `make matrix MATRIX=cover` breaks at each message as well,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from migrator import faults
 from .matrix import MatrixCluster
 from .matrix_case import Case, Theatre, parameters, play
 from .matrix_faults import FAULTS
-from .matrix_scenarios import UNREACHED
+from .matrix_scenarios import RESERVED, UNREACHED
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,12 @@ def test_scenarios_come_to_every_point(theatre: Theatre) -> None:
     reached = set(theatre.ways())
     assert reached | set(UNREACHED) == set(faults.points())
     assert not reached & set(UNREACHED)
+
+
+@pytest.mark.parametrize("why", sorted({*UNREACHED.values()} - {RESERVED}))
+def test_a_point_without_a_scenario_has_a_test_of_its_own(why: str) -> None:
+    file, _, test = why.partition("::")
+    assert f"def {test}(" in Path(__file__).parents[1].joinpath(f"{file}.py").read_text()
 
 
 @pytest.mark.parametrize("case", parameters())
