@@ -14,6 +14,7 @@ from datapath.provider import PortRef
 from datapath.state.kind import Table
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.ends import Ends
+from migrator.agent.stream import PeerStream
 from tests.unit.pair import MACS, VM, World, eventually, world
 
 
@@ -136,6 +137,47 @@ def test_the_guest_arrives_while_its_source_is_away(tmp_path: Path) -> None:
             assert not w.statuses("a")
 
     asyncio.run(scenario())
+
+
+def test_ports_whose_rules_were_still_to_come_have_them_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source dies before it has sent them, and the guest arrives."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b", last_changes_s=0.2) as w:
+            send, stuck = PeerStream.send, asyncio.Event()
+
+            async def nothing(stream: PeerStream, message: pb.FromSource) -> None:
+                if message.HasField("section"):
+                    stuck.set()
+                    await asyncio.Event().wait()
+                await send(stream, message)
+
+            monkeypatch.setattr(PeerStream, "send", nothing)
+            before = rules(w, "a")
+            migration = await w.migrate("b")
+            await stuck.wait()
+            monkeypatch.undo()
+            await w.stop("a")
+            w.hypervisor.place, w.hypervisor.running, w.hypervisor.moving = "b", False, ""
+            w.hypervisor.resume("b", "migrated")
+            await eventually(lambda: owners(w) == ["b"])
+            await eventually(lambda: rules(w, "b") == before)
+            await w.start("a")
+            assert (await w.finish(migration, 20.0)).outcome == "degraded"
+
+    asyncio.run(scenario())
+
+
+def rules(w: World, host: str) -> dict[str, list[object]]:
+    """In force, by MAC."""
+    found: dict[str, list[object]] = {}
+    for ref in w.active(host):
+        records = [record for table in w.driver(host).dump(ref, "acl") for record in table.records or ()]
+        found[ref.mac] = [(record["direction"], record["ports"], record["action"]) for record in records]
+    assert len(found) == len(MACS)
+    return found
 
 
 def test_from_the_authorisation_on_nobody_needs_the_coordinator(tmp_path: Path) -> None:
