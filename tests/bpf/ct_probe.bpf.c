@@ -3,6 +3,7 @@
 #include <linux/bpf.h>
 
 #include "control.bpf.c"
+#include "flows.bpf.c"
 #include "lib/judge.h"
 #include "race.h"
 

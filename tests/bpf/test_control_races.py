@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from datapath.drivers.ebpf.layout import CT_ENTRY
 from datapath.drivers.ebpf.maps import Table
 
 from .frames import TCP
@@ -26,7 +27,8 @@ Ports = Callable[..., Probe]
 RACE_LENGTH = 4096
 ROUNDS = 300
 KEY = np.dtype("V40")
-ENTRY = np.dtype([("word", "<u8"), ("seen", "<u8"), ("id", "<u8"), ("judged", "<u4"), ("mark", "<u4"), ("rest", "V64")])
+REST = f"V{CT_ENTRY.itemsize - 32}"
+ENTRY = np.dtype([("word", "<u8"), ("seen", "<u8"), ("id", "<u8"), ("judged", "<u4"), ("mark", "<u4"), ("rest", REST)])
 
 
 @contextmanager

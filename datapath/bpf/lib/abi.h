@@ -33,6 +33,7 @@ union abi {
 	enum abi_constant constants;
 	enum port_state port_state;
 	enum port_flag port_flag;
+	enum port_feature port_feature;
 	enum gate_target gate_target;
 	enum timeout_index timeout_index;
 	enum device_role device_role;
@@ -60,6 +61,11 @@ union abi {
 	struct member member;
 	struct ct_key ct_key;
 	struct ct_entry ct_entry;
+	enum flow_reason flow_reason;
+	struct flow_end flow_end;
+	struct flow_report flow_report;
+	struct flow_exporter flow_exporter;
+	struct flow_lost flow_lost;
 	struct acl_prefix acl_prefix;
 	struct acl_interval acl_interval;
 	struct acl_group acl_group;

@@ -50,6 +50,14 @@ static __always_inline int track_full(struct tracking *t)
 	return DROP_CT_FULL;
 }
 
+/* ct_entry.tcp_flags of a connection that this packet begins */
+static __always_inline __u32 track_flags(const struct tracking *t)
+{
+	if (!flow_exported(t->port) || t->pkt->proto != IPPROTO_TCP)
+		return 0;
+	return (__u32)t->pkt->tcp_flags << (t->direction ? 8 : 0);
+}
+
 /* A new entry; `opening` is CT_WORD without id. */
 static __always_inline int track_insert(struct tracking *t, __u64 opening)
 {
@@ -66,6 +74,8 @@ static __always_inline int track_insert(struct tracking *t, __u64 opening)
 	entry->judged = POLICY_DIGEST(t->policy);
 	entry->packets[direction] = t->pkt->wire_packets;
 	entry->bytes[direction] = t->pkt->wire_bytes;
+	entry->began = t->now;
+	entry->tcp_flags = track_flags(t);
 	error = bpf_map_update_elem(t->table, &t->key, entry, BPF_NOEXIST);
 	if ((error == -E2BIG || error == -ENOMEM) && evict_one(t->table, t->port))
 		error = bpf_map_update_elem(t->table, &t->key, entry, BPF_NOEXIST);
@@ -79,15 +89,18 @@ static __always_inline int track_insert(struct tracking *t, __u64 opening)
 	return DROP_NONE;
 }
 
-/* Another connection in the place of one that is over or expired: a new generation first, so that whoever still holds
- * the old one fails, then the fields. */
+/* Another connection in the place of one that is over or expired: DEAD first, so that whoever still holds the old one
+ * fails and its counts are the last ones, then the fields, then the new generation. */
 static __always_inline int track_renew(struct tracking *t, struct ct_entry *entry, __u64 old, __u64 opening)
 {
 	__u64 id = ct_new_id(), word = opening | CT_WORD(0, 0, id);
 
-	WRITE_ONCE(entry->seen, t->now);
-	if (!cas(&entry->word, old, word))
+	if (!cas(&entry->word, old, old | CT_WORD_FLAG(CT_F_DEAD)))
 		return DROP_CT_RACE;
+	flow_end_now(t->slot, &t->key, entry, FLOW_ENDED);
+	WRITE_ONCE(entry->seen, t->now);
+	WRITE_ONCE(entry->began, t->now);
+	WRITE_ONCE(entry->tcp_flags, track_flags(t));
 	WRITE_ONCE(entry->id, id);
 	WRITE_ONCE(entry->judged, POLICY_DIGEST(t->policy));
 	WRITE_ONCE(entry->mark, 0);
@@ -97,6 +110,7 @@ static __always_inline int track_renew(struct tracking *t, struct ct_entry *entr
 		WRITE_ONCE(entry->carried_packets[i], 0);
 		WRITE_ONCE(entry->carried_bytes[i], 0);
 	}
+	cas(&entry->word, old | CT_WORD_FLAG(CT_F_DEAD), word); /* a full barrier */
 	mark_dirty(t->slot, &t->key);
 	return ct_touch(t->slot, &t->key, entry, word, t->now, t->pkt, t->direction);
 }

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "dirty.h"
+#include "flow.h"
 #include "packet.h"
 #include "tcp.h"
 
@@ -72,10 +73,11 @@ static __always_inline int ct_is_dispensable(const struct ct_key *key, __u64 wor
 
 /* Takes an entry out of the table for good. `key` must not lie in the entry. False: another CPU changed it first. */
 static __always_inline int ct_kill(void *table, __u32 slot, const struct ct_key *key, struct ct_entry *entry,
-				   __u64 word)
+				   __u64 word, enum flow_reason reason)
 {
 	if (CT_FLAGS(word) & CT_F_DEAD || !cas(&entry->word, word, word | CT_WORD_FLAG(CT_F_DEAD)))
 		return 0;
+	flow_end_now(slot, key, entry, reason);
 	bpf_map_delete_elem(table, key);
 	mark_dirty(slot, key);
 	return 1;

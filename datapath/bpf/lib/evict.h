@@ -28,7 +28,7 @@ static long evict_visit(void *table, struct ct_key *key, struct ct_entry *entry,
 	if (!ct_is_dispensable(key, word))
 		return 0;
 	own = *key; /* the element's memory is another's as soon as it is deleted */
-	eviction->evicted = ct_kill(table, eviction->slot, &own, entry, word);
+	eviction->evicted = ct_kill(table, eviction->slot, &own, entry, word, FLOW_NO_ROOM);
 	return eviction->evicted;
 }
 

@@ -9,10 +9,10 @@
 
 #include "ct.h"
 
-enum sweep_kind {
-	SWEEP_EXPIRE = 1,
-	SWEEP_EARLY_DROP = 2,
-	SWEEP_FLUSH = 3,
+enum sweep_kind { /* and how the flows end that it ends */
+		  SWEEP_EXPIRE = FLOW_IDLE,
+		  SWEEP_FLUSH = FLOW_FORCED,
+		  SWEEP_EARLY_DROP = FLOW_NO_ROOM,
 };
 
 struct sweep { /* on the stack of sweep_run() */
@@ -52,14 +52,19 @@ static __always_inline void sweep_delete(void *table, struct sweep *sweep)
 	sweep->deleted++;
 }
 
-/* The entry is absent from now on and goes when the walk has left it. */
+/* The entry is absent from now on and goes when the walk has left it. Not while its last counts have no place. */
 static __always_inline void sweep_doom(struct sweep *sweep, const struct ct_key *key, struct ct_entry *entry,
 				       __u64 word)
 {
-	if (CT_FLAGS(word) & CT_F_DEAD || !cas(&entry->word, word, word | CT_WORD_FLAG(CT_F_DEAD)))
+	__u64 dead = word | CT_WORD_FLAG(CT_F_DEAD);
+
+	if (CT_FLAGS(word) & CT_F_DEAD || !cas(&entry->word, word, dead))
 		return;
 	sweep->doomed = *key;
-	sweep->behind = 1;
+	if (flow_end(sweep->slot, &sweep->doomed, entry, sweep->kind))
+		sweep->behind = 1;
+	else
+		cas(&entry->word, dead, word); /* it goes when there is room for its counts */
 }
 
 static __always_inline int sweep_is_old(struct sweep *sweep, const struct ct_key *key, struct ct_entry *entry,

@@ -25,7 +25,7 @@ static __always_inline int track_allowed(struct tracking *t, struct ct_entry *en
 		track_would_drop(t->slot);
 		return DROP_NONE;
 	} else if (reason != DROP_CT_RACE) {
-		ct_kill(t->table, t->slot, &t->key, entry, word);
+		ct_kill(t->table, t->slot, &t->key, entry, word, FLOW_FORCED);
 	}
 	return reason;
 }
@@ -51,6 +51,8 @@ static __always_inline int track_follow(struct tracking *t, struct ct_entry *ent
 			return TRACK_AGAIN;
 		mark_dirty(t->slot, &t->key);
 	}
+	if (flow_exported(t->port) && t->pkt->proto == IPPROTO_TCP)
+		flow_note(entry, t->pkt, t->direction);
 	return ct_touch(t->slot, &t->key, entry, next, t->now, t->pkt, t->direction);
 }
 

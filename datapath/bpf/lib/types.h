@@ -295,6 +295,50 @@ struct ct_entry {
 	__u64 bytes[2];           /* of the IP packets, segments of a GSO frame counted one by one */
 	__u64 carried_packets[2]; /* counted on hosts before; assigned by settle, never by programs */
 	__u64 carried_bytes[2];
+	__u64 began;     /* port time of the first packet, 0 on a host before */
+	__u32 tcp_flags; /* seen on this host while FEATURE_EXPORT: 0-7 from the guest, 8-15 to the guest */
+	__u32 pad;
+};
+
+/* ---- flows: what is left to report of connections that are over (lib/flow.h) ---------------------------------- */
+
+enum flow_reason { /* IPFIX flowEndReason (RFC 5102, 5.11.3) */
+		   FLOW_IDLE = 1,
+		   FLOW_ACTIVE = 2, /* it goes on */
+		   FLOW_ENDED = 3,
+		   FLOW_FORCED = 4,
+		   FLOW_NO_ROOM = 5,
+};
+
+struct flow_end { /* key of a table of flow_ends; the value is the struct ct_entry as it was at last */
+	__u64 id;
+	struct ct_key key;
+	__u32 reason; /* enum flow_reason */
+	__u32 pad;
+};
+
+struct flow_report { /* what was reported of the connection with an id; the agent alone writes it */
+	__u64 until; /* port time up to which it was, 0 never */
+	__u64 began; /* port time of the first packet; 0 what the entry says */
+	__u64 packets[2];
+	__u64 bytes[2];
+	__u32 tcp_flags; /* seen on hosts before */
+	__u32 pad;
+};
+
+struct flow_exporter {  /* by slot; the agent alone writes it */
+	__u64 sequence; /* of the next datagram (NetFlow) or record (IPFIX) */
+	__u64 began;    /* port time at which the exporter's uptime is 0; 0: it has not begun */
+	__u64 template; /* port time of the last template */
+	__u64 datagrams;
+	__u64 records;
+	__u64 errors; /* datagrams that could not be sent to a collector */
+};
+
+struct flow_lost { /* by slot: of connections that ended while the table of the ended was full */
+	__u64 flows;
+	__u64 packets;
+	__u64 bytes;
 };
 
 /* ---- policies ----------------------------------------------------------------------------------------------- */

@@ -15,7 +15,7 @@ import numpy as np
 from datapath.drivers.ebpf.btf import Btf, read_object
 from datapath.errors import FeatureMissing
 
-_Fields = list[tuple[str, str] | tuple[str, str, int]]
+_Fields = list[tuple[str, str] | tuple[str, str, int] | tuple[str, np.dtype[Any]]]
 
 STRUCTURES: dict[str, np.dtype[Any]] = {}
 """Name in C -> declared layout."""
@@ -107,8 +107,28 @@ CT_ENTRY = _structure(
         ("bytes", "<u8", 2),
         ("carried_packets", "<u8", 2),
         ("carried_bytes", "<u8", 2),
+        ("began", "<u8"),
+        ("tcp_flags", "<u4"),
+        ("pad", "<u4"),
     ],
 )
+FLOW_END = _structure("flow_end", [("id", "<u8"), ("key", CT_KEY), ("reason", "<u4"), ("pad", "<u4")])
+FLOW_REPORT = _structure(
+    "flow_report",
+    [
+        ("until", "<u8"),
+        ("began", "<u8"),
+        ("packets", "<u8", 2),
+        ("bytes", "<u8", 2),
+        ("tcp_flags", "<u4"),
+        ("pad", "<u4"),
+    ],
+)
+FLOW_EXPORTER = _structure(
+    "flow_exporter",
+    [(name, "<u8") for name in ("sequence", "began", "template", "datagrams", "records", "errors")],
+)
+FLOW_LOST = _structure("flow_lost", [("flows", "<u8"), ("packets", "<u8"), ("bytes", "<u8")])
 ACL_PREFIX = _structure("acl_prefix", [("length", "<u4"), ("direction", "u1"), ("pad", "u1", 3), ("addr", ">u4", 4)])
 ACL_INTERVAL = _structure("acl_interval", [("start", "<u4"), ("row", "<u4")])
 ACL_GROUP = _structure("acl_group", [("bits", "<u8", 4)])
