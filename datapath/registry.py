@@ -12,8 +12,9 @@ from datapath.state.fdb import FDB
 from datapath.state.kind import Kind
 from datapath.state.mirror import MIRROR
 from datapath.state.port import PORT
+from datapath.state.remap import REMAP
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (PORT, ACL, FDB, CONNTRACK, MIRROR)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (PORT, ACL, FDB, CONNTRACK, MIRROR, REMAP)}
 """In the order in which a destination loads them."""
 
 

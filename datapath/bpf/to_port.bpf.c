@@ -6,12 +6,15 @@
 #include "lib/mark.h"
 #include "lib/observe.h"
 #include "lib/qos.h"
+#include "lib/remap.h"
 
 static __noinline int to_port_check(struct __sk_buff *skb, struct port *port)
 {
 	struct packet pkt = {};
 	int reason = parse(skb, &pkt, TO_GUEST);
 
+	if (!reason && port->features & FEATURE_REMAP)
+		reason = remap_to_guest(skb, port, &pkt);
 	if (!reason && !(port_flags(port) & PORT_F_STATELESS))
 		reason = judge(skb, port, &pkt, TO_GUEST);
 	if (!reason && (port->features & FEATURE_POLICE_TO))

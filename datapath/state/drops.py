@@ -54,10 +54,11 @@ REASONS: dict[int, Reason] = {
             "The host or its bridge put the frame into the port's device; the switch brings its own copy.",
         ),
         (30, "policed", "It exceeds the rate that the port may send or receive."),
-        (31, "remap", "An address that is remapped could not be rewritten in it."),
+        (31, "remap", "The network knows the guest by another address, or what it answers would come from another."),
         (32, "window", "A TCP segment outside of its connection's window."),
         (33, "shape", "The queue of the port's shaper is full."),
         (34, "mirror", "A copy for a mirror could not be sent; the frame itself went on."),
+        (36, "answered", "It asked for a remapped address of the port, and the switch has answered."),
         (35, "label", "Its connection's label could not be kept."),
     )
 }

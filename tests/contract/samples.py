@@ -80,6 +80,27 @@ def _fdb(count: int) -> Table:
     return Table("fdb", columns=columns, port_time_ns=PORT_TIME_NS)
 
 
+def _remap(count: int) -> Table:
+    """Whole addresses and ports of them in turn, of either family."""
+
+    def rule(number: int) -> Record:
+        pair, port = divmod(number, 2)
+        v6, low = pair % 2, f"{pair >> 8 & 255}{'.:'[pair % 2]}{pair & 255}"
+        return {
+            "outside": f"2001:db8:1::{low}" if v6 else f"203.0.{low}",
+            "inside": f"fd00::{low}" if v6 else f"10.0.{low}",
+            "protocol": ("", "tcp")[port],
+            "outside_port": 443 * port,
+            "inside_port": 8443 * port,
+            "packets_from": number,
+            "packets_to": number * 2,
+            "bytes_from": number * 100,
+            "bytes_to": number * 200,
+        }
+
+    return Table("remap", records=[rule(number) for number in range(count)], port_time_ns=PORT_TIME_NS)
+
+
 def _conntrack(count: int) -> Table:
     columns = empty_columns(KINDS["conntrack"], count)
     numbers = np.arange(count, dtype="<u4")
@@ -144,6 +165,7 @@ SAMPLES: dict[str, Callable[[int], Table]] = {
     "fdb": _fdb,
     "conntrack": _conntrack,
     "mirror": _mirror,
+    "remap": _remap,
 }
 
 

@@ -35,6 +35,10 @@ union abi {
 	enum port_flag port_flag;
 	enum port_feature port_feature;
 	enum gate_target gate_target;
+	enum remap_side remap_side;
+	enum remap_flag remap_flag;
+	struct remap_key remap_key;
+	struct remap_entry remap_entry;
 	enum timeout_index timeout_index;
 	enum device_role device_role;
 	enum network_kind network_kind;

@@ -9,8 +9,9 @@
 #define FEATURES_OBSERVE FEATURE_SAMPLE
 
 /*
- * The frame passed the port and was counted, in `direction`. Called only for a port with one of FEATURES_OBSERVE.
- * Packet pointers are void afterwards; nothing of the frame is changed. Global, so that it is verified once.
+ * The frame passes the port and is counted, in `direction`, as the guest has it. Called only for a port with one of
+ * FEATURES_OBSERVE. Packet pointers are void afterwards; nothing of the frame is changed. Global, so that it is
+ * verified once.
  */
 __noinline int observe(struct __sk_buff *skb, struct port *port, struct packet *pkt, int direction)
 {

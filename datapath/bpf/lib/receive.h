@@ -20,6 +20,7 @@
 #include "observe.h"
 #include "packet.h"
 #include "qos.h"
+#include "remap.h"
 #include "spoof.h"
 #include "vlan.h"
 
@@ -125,10 +126,12 @@ static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __
 		reason = judge(skb, port, &pkt, FROM_GUEST);
 	if (!reason)
 		reason = receive_learn(skb, port, network, vid);
-	if (!reason)
-		count_passed(skb, port, &pkt, FROM_GUEST);
 	if (!reason && port->features & FEATURES_OBSERVE)
 		observe(skb, port, &pkt, FROM_GUEST);
+	if (!reason && port->features & FEATURE_REMAP)
+		reason = remap_from_guest(skb, port, &pkt);
+	if (!reason)
+		count_passed(skb, port, &pkt, FROM_GUEST);
 	return reason;
 }
 
@@ -162,6 +165,8 @@ static __always_inline int receive(struct __sk_buff *skb, __u32 slot, __u32 path
 		reason = receive_check(skb, port, network, vid);
 		if (port->features & FEATURE_SHAPE)
 			way = qos_of(slot, FROM_GUEST);
+	} else if (port->features & FEATURE_REMAP) {
+		reason = remap_answer(skb, port);
 	}
 	if (reason)
 		return drop_at(skb, port, FROM_GUEST, reason);

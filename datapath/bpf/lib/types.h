@@ -341,6 +341,39 @@ struct flow_lost { /* by slot: of connections that ended while the table of the 
 	__u64 bytes;
 };
 
+/* ---- remapping ---------------------------------------------------------------------------------------------- */
+
+/* Elements of all ports of a host: two a rule, and one for an address of which only ports have some. */
+#define REMAPS_MAX 262144
+
+enum remap_side {
+	REMAP_OUT = 0, /* of an inside address, what the network sees: frames from the guest */
+	REMAP_IN = 1,  /* of an outside address, what the guest sees */
+};
+
+enum remap_flag {
+	REMAP_F_RULE = 1 << 0,   /* a rule, not only a sign that ports of the address have some */
+	REMAP_F_PORTS = 1 << 1,  /* ports of the address have rules of their own */
+	REMAP_F_BESIDE = 1 << 2, /* so have ports of the address that it leads to */
+};
+
+struct remap_key {
+	__u32 slot;
+	__be32 addr[4]; /* v4-mapped for IPv4 */
+	__be16 port;    /* 0 with proto 0: the address as a whole */
+	__u8 proto;
+	__u8 side; /* enum remap_side */
+};
+
+struct remap_entry {
+	__be32 addr[4]; /* of the other side */
+	__be16 port;
+	__u8 flags; /* enum remap_flag */
+	__u8 pad[5];
+	__u64 packets; /* counted on this host */
+	__u64 bytes;   /* of the IP packets, as those of connections */
+};
+
 /* ---- policies ----------------------------------------------------------------------------------------------- */
 
 /* policies[i]: generation in the low half, digest of the rules in the high half: one u64, flipped by one store after
@@ -459,6 +492,7 @@ enum drop_reason {
 	DROP_SHAPE = 33,
 	DROP_MIRROR = 34,
 	DROP_LABEL = 35,
+	DROP_ANSWERED = 36, /* a question for a remapped address, which the switch has answered */
 	DROP_REASONS = 64,
 };
 

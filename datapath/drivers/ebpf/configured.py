@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from datapath.drivers.ebpf.kindtable import KindTable
+from datapath.drivers.ebpf.remap import RemapTable
 from datapath.state.kind import Kind
 
-TABLES: tuple[type[KindTable], ...] = ()
+TABLES: tuple[type[KindTable], ...] = (RemapTable,)
 
 CONFIGURED: tuple[Kind, ...] = tuple(table.kind for table in TABLES)

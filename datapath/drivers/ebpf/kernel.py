@@ -43,6 +43,7 @@ class Kernel:
         self.flow_reports = switch.outer("flow_reports")
         self.flow_exporters = switch.table("flow_exporters")
         self.flow_lost = switch.table("flow_lost")
+        self.remaps = switch.table("remaps")
         self.settings = switch.table("settings")
         self.exchange = switch.mapped("exchange")
         self.exchange_lock = threading.Lock()

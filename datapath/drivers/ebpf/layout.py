@@ -129,6 +129,20 @@ FLOW_EXPORTER = _structure(
     [(name, "<u8") for name in ("sequence", "began", "template", "datagrams", "records", "errors")],
 )
 FLOW_LOST = _structure("flow_lost", [("flows", "<u8"), ("packets", "<u8"), ("bytes", "<u8")])
+REMAP_KEY = _structure(
+    "remap_key", [("slot", "<u4"), ("addr", ">u4", 4), ("port", ">u2"), ("proto", "u1"), ("side", "u1")]
+)
+REMAP_ENTRY = _structure(
+    "remap_entry",
+    [
+        ("addr", ">u4", 4),
+        ("port", ">u2"),
+        ("flags", "u1"),
+        ("pad", "u1", 5),
+        ("packets", "<u8"),
+        ("bytes", "<u8"),
+    ],
+)
 ACL_PREFIX = _structure("acl_prefix", [("length", "<u4"), ("direction", "u1"), ("pad", "u1", 3), ("addr", ">u4", 4)])
 ACL_INTERVAL = _structure("acl_interval", [("start", "<u4"), ("row", "<u4")])
 ACL_GROUP = _structure("acl_group", [("bits", "<u8", 4)])
