@@ -50,9 +50,9 @@ CONNTRACK = Kind(
             "u1", values=frozenset(STATES.values()), labels={v: k for k, v in STATES.items()}
         ),  # number in STATES
         "flags": Column("u1", 0, bits=FLAGS),  # REPLIED, ASSURED, INBOUND, LEARNED
-        "age_ns": Column("<u8", 0),  # since the last packet, at the table's port_time_ns
+        "age_ns": Column("<u8", 0, volatile=True),  # since the last packet, at the table's port_time_ns
         "id": Column("<u8"),
-        "judged": Column("<u4", 0),  # digest of the policy it was judged under, 0: judge again
+        "judged": Column("<u4", 0, volatile=True),  # digest of the policy it was judged under, 0: judge again
         "mark": Column("<u4", 0),
         "packets_from": Column("<u8", 0, accounting=True),
         "packets_to": Column("<u8", 0, accounting=True),

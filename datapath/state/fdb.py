@@ -16,7 +16,7 @@ FDB = Kind(
         "mac": Column("V6"),
         "vlan": Column("<u2", 0),  # tag within a trunk port, 0 the port's own network
         "flags": Column("u1", 0, bits={STATIC: "STATIC", LOCATION: "LOCATION"}),  # STATIC | LOCATION
-        "age_ns": Column("<u8", 0),
+        "age_ns": Column("<u8", 0, volatile=True),
         "moves": Column("<u4", 0),
     },
 )

@@ -46,12 +46,14 @@ class Column:
     """One column: NumPy dtype (explicit byte order) and the value that readers take when a snapshot lacks it.
 
     `default` None: the column is required. `values`: what it may hold, empty for anything. For people: `labels` names
-    values, `bits` names bits.
+    values, `bits` names bits. `volatile`: it changes by itself or at every packet, so that a watch tells it with other
+    changes, but is not told of its own.
     """
 
     dtype: str
     default: int | bytes | None = None
     accounting: bool = False
+    volatile: bool = False
     values: frozenset[int] = frozenset()
     labels: Mapping[int, str] = field(default_factory=dict)
     bits: Mapping[int, str] = field(default_factory=dict)
