@@ -30,6 +30,7 @@ from migrator.agent.source import SourceEnd
 from migrator.agent.store import Store
 from migrator.agent.stream import SERVER_OPTIONS
 from migrator.agent.traces import Traces
+from migrator.agent.watching import StateService, Watching
 from migrator.errors import PreflightFailed, error_name
 from migrator.lifecycle import source_words as leaving
 from migrator.lifecycle.machine import Guest, Role
@@ -77,6 +78,7 @@ class Agent:
         self.link = Link(config.agent.coordinator, self.hello, self._order, self._attached, self.transport)
         self.household = Household(self)
         self.traces = Traces(self.driver, self.around)
+        self.watching = Watching(self.driver, self.around, self.ends.of)
         self.peer = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._servers: list[Any] = []
@@ -111,6 +113,7 @@ class Agent:
         guard = Guard(self.transport, limits=LIMITS)
         peers = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[guard])
         rpc.add_PeerServicer_to_server(PeerService(self.ends), peers)  # type: ignore[no-untyped-call]
+        rpc.add_StateServicer_to_server(StateService(self.watching), peers)  # type: ignore[no-untyped-call]
         port = self.transport.listen(peers, self.config.agent.listen, "agent.listen")
         await peers.start()
         self._servers.append(peers)
@@ -119,6 +122,7 @@ class Agent:
         socket = LocalSocket(own.socket, own.socket_group, identity.Role(own.socket_role), "agent.socket")
         local = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[Guard(PLAIN, socket.identity)])
         rpc.add_AgentServicer_to_server(AgentService(self), local)  # type: ignore[no-untyped-call]
+        rpc.add_StateServicer_to_server(StateService(self.watching), local)  # type: ignore[no-untyped-call]
         self._servers.append(Served(local, [socket]))
         socket.bind(local)
         await local.start()
@@ -132,6 +136,7 @@ class Agent:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(server.stop(STOP_S / 4) for server in self._servers))
+        await self.watching.close()
         await self.guests.stop()
         await self.household.close()
         await asyncio.to_thread(self.around.close)

@@ -65,6 +65,7 @@ class Stage:
             "Coordinator": self.world.address,
             "Peer": f"127.0.0.1:{self.world.port('b')}",
             "Agent": f"unix:{self.world.directory}/a.sock",
+            "State": f"127.0.0.1:{self.world.port('a')}",
         }
         if service not in self.channels:
             self.channels[service] = grpc.aio.insecure_channel(addresses[service])
