@@ -15,6 +15,7 @@ import click
 from migrator.errors import PeerLost
 
 if TYPE_CHECKING:
+    from migrator.cli.following import Ways
     from migrator.cli.settings import CommandFile
     from migrator.security.settings import Tls
 
@@ -46,8 +47,11 @@ class Context:
         """Stub of the coordinator; its errors come as errors of the project."""
         from migrator._pb.migrator_pb2_grpc import CoordinatorStub
 
-        address = self.coordinator_address or (self.file and self.file.coordinator) or COORDINATOR
+        address = self._coordinator()
         return self._stub(address, CoordinatorStub, f"coordinator at {address}")
+
+    def _coordinator(self) -> str:
+        return self.coordinator_address or (self.file and self.file.coordinator) or COORDINATOR
 
     @cached_property
     def file(self) -> CommandFile | None:
@@ -80,11 +84,25 @@ class Context:
         """Stub of this host's agent."""
         from migrator._pb.migrator_pb2_grpc import AgentStub
 
+        self._require_socket()
+        return self._stub(f"unix:{self.agent_socket}", AgentStub, f"agent at {self.agent_socket}")
+
+    def _require_socket(self) -> None:
         if not Path(self.agent_socket).exists():
             raise PeerLost(
                 f"no agent socket at {self.agent_socket}", hint="is the agent running? --agent names its socket"
             )
-        return self._stub(f"unix:{self.agent_socket}", AgentStub, f"agent at {self.agent_socket}")
+
+    def ways(self, *, here: bool = False) -> Ways:
+        """How streams of agents are reached; `here`: of this host's agent alone. Raises PeerLost, ConfigInvalid."""
+        from migrator.cli.following import Ways
+        from migrator.security.settings import Tls
+        from migrator.security.transport import Transport
+
+        if here:
+            self._require_socket()
+            return Ways(Transport(Tls()), socket=self.agent_socket)
+        return Ways(Transport(self._tls() or Tls()), coordinator=self._coordinator())
 
     def _stub(self, address: str, kind: Any, target: str) -> Any:
         if address not in self._stubs:
