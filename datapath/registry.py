@@ -13,8 +13,18 @@ from datapath.state.kind import Kind
 from datapath.state.mirror import MIRROR
 from datapath.state.port import PORT
 from datapath.state.remap import REMAP
+from datapath.state.sampling import SAMPLING
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (PORT, ACL, FDB, CONNTRACK, MIRROR, REMAP)}
+_ALL = (
+    PORT,
+    ACL,
+    FDB,
+    CONNTRACK,
+    MIRROR,
+    REMAP,
+    SAMPLING,
+)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 """In the order in which a destination loads them."""
 
 

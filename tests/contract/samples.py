@@ -146,6 +146,29 @@ def _mirror(count: int) -> Table:
     return Table("mirror", records=records, port_time_ns=PORT_TIME_NS)
 
 
+def _sampling(count: int) -> Table:  # noqa: ARG001
+    record = {
+        "sub_agent": 17,
+        "agent": "10.0.0.1",
+        "interface": 17,
+        "network_interface": 1,
+        "rate": 1000,
+        "header_bytes": 128,
+        "polling_s": 20,
+        "collectors": [["127.0.0.1", 6343], ["::1", 6344]],
+        "age_ns": 3_600_000_000_000,
+        "pool": (1 << 33) + 5,
+        "next": (1 << 33) + 900,
+        "drops": 3,
+        "datagrams": 4_000,
+        "unsent": 1,
+        "flow_samples": 8_000_000,
+        "counter_samples": 180,
+        "counters": {"packets_from": 1 << 33, "bytes_from": 1 << 40, "packets_to": 7, "bytes_to": 420},
+    }
+    return Table("sampling", records=[record], port_time_ns=PORT_TIME_NS)
+
+
 def _random(seed: int, low: int, high: int, count: int) -> NDArray[np.uint64]:
     """Random numbers whose first ones are the same for every count."""
     return np.random.default_rng(seed).integers(low, high, count, dtype=np.uint64)
@@ -166,6 +189,7 @@ SAMPLES: dict[str, Callable[[int], Table]] = {
     "conntrack": _conntrack,
     "mirror": _mirror,
     "remap": _remap,
+    "sampling": _sampling,
 }
 
 

@@ -17,7 +17,15 @@ from datapath.state.kind import Nature, Op, Table
 from tests.contract.hosts import Host
 from tests.contract.samples import ages, keys_of, normal, port_record, sample
 
-COUNTS = {"port": 1, "acl": 200, "fdb": 40, "conntrack": 5_000, "mirror": 8, "remap": 30}
+COUNTS = {
+    "port": 1,
+    "acl": 200,
+    "fdb": 40,
+    "conntrack": 5_000,
+    "mirror": 8,
+    "remap": 30,
+    "sampling": 1,
+}
 LIVE = [name for name, kind in KINDS.items() if kind.nature & Nature.LIVE]
 COLUMNS = [name for name, kind in KINDS.items() if kind.columns]
 

@@ -536,7 +536,7 @@ struct event {
 
 /*
  * Sampling of a port. `pool` and `next` count frames on the wire since the sub-agent began, on whichever host. The last
- * four are the agent's, which programs do not read: what collectors were told, so that the next agent goes on from
+ * five are the agent's, which programs do not read: what collectors were told, so that the next agent goes on from
  * there.
  */
 struct sampling {
@@ -548,6 +548,7 @@ struct sampling {
 	__u32 header_bytes;    /* 1..SAMPLE_BYTES */
 	__u64 began;           /* ktime at which the sub-agent's uptime was 0 */
 	__u64 datagrams;       /* sequence numbers: the last that were used */
+	__u64 unsent;          /* datagrams that could not be sent, by collector */
 	__u64 flow_samples;    /* of the port */
 	__u64 counter_samples; /* of the port */
 };

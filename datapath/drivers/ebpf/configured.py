@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from datapath.drivers.ebpf.kindtable import KindTable
 from datapath.drivers.ebpf.remap import RemapTable
+from datapath.drivers.ebpf.sampling import SamplingTable
 from datapath.state.kind import Kind
 
-TABLES: tuple[type[KindTable], ...] = (RemapTable,)
+TABLES: tuple[type[KindTable], ...] = (
+    RemapTable,
+    SamplingTable,
+)
 
 CONFIGURED: tuple[Kind, ...] = tuple(table.kind for table in TABLES)

@@ -1,7 +1,7 @@
-"""The ring buffer `events`: read by NumPy over mmap, many records at a time, by a thread that sleeps while it is empty.
+"""Ring buffers of the switch, read by NumPy over mmap: many records at a time, by threads that sleep in between.
 
 Layout (Documentation/bpf/ringbuf.rst): one page with the consumer's position, one with the producer's, then the data,
-mapped twice in a row so that no record is cut. A record is an 8-byte header and a struct event, all of one size.
+mapped twice in a row so that no record is cut. A record is an 8-byte header and a structure, all of one size.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _log = logging.getLogger(__name__)
 
 _BUSY = np.uint32(1 << 31)  # being written
 _DISCARDED = np.uint32(1 << 30)
-_RECORD = np.dtype([("length", "<u4"), ("page", "<u4"), ("event", EVENT)])
 _AT_MOST = 65536  # records a read
 
 
 class Ring:
     """The ring in this process's memory. One reader at a time."""
 
-    def __init__(self, fd: int) -> None:
-        """`fd` stays the caller's."""
+    def __init__(self, fd: int, layout: np.dtype[Any] = EVENT) -> None:
+        """`fd` stays the caller's. Records are of `layout`, in multiples of 8 bytes."""
+        self._record = np.dtype([("length", "<u4"), ("page", "<u4"), ("event", layout)])
         self._size = syscall.map_info(fd).max_entries
         page = mmap.PAGESIZE
         self._consumer = mmap.mmap(fd, page)
@@ -43,17 +43,25 @@ class Ring:
         self._read_to = ctypes.c_uint64.from_buffer(self._consumer)
         self._written_to: NDArray[np.uint64] = np.frombuffer(self._producer, "<u8", 1)
 
-    def read(self) -> Events:
-        """Events that are there now, oldest first, as an array of struct event of the caller's own. Empty if none."""
+    def written(self) -> int:
+        """Where what is there now ends, in bytes since the ring was made."""
+        return int(self._written_to[0])
+
+    def read_to(self) -> int:
+        """Up to where it has been read, likewise."""
+        return self._read_to.value
+
+    def read(self, at_most: int = _AT_MOST) -> Events:
+        """Records that are there now, oldest first, as an array of the caller's own. Empty if there are none."""
         start, end = self._read_to.value, int(self._written_to[0])
-        count = min((end - start) // _RECORD.itemsize, _AT_MOST)
+        count = min((end - start) // self._record.itemsize, at_most)
         offset = mmap.PAGESIZE + (start & (self._size - 1))
-        records = np.frombuffer(self._producer, _RECORD, count, offset)
+        records = np.frombuffer(self._producer, self._record, count, offset)
         busy = np.flatnonzero(records["length"] & _BUSY)
         records = records[: busy[0]] if len(busy) else records
         events: Events = records["event"][(records["length"] & _DISCARDED) == 0].copy()
         # After the copy: programs may write there from now on. x86 keeps the order of these; elsewhere the call does.
-        self._read_to.value = start + len(records) * _RECORD.itemsize
+        self._read_to.value = start + len(records) * self._record.itemsize
         return events
 
 

@@ -198,7 +198,7 @@ SAMPLING = _structure(
     [
         *((name, "<u8") for name in ("pool", "next", "drops", "due")),
         *((name, "<u4") for name in ("rate", "header_bytes")),
-        *((name, "<u8") for name in ("began", "datagrams", "flow_samples", "counter_samples")),
+        *((name, "<u8") for name in ("began", "datagrams", "unsent", "flow_samples", "counter_samples")),
     ],
 )
 SAMPLE = _structure(

@@ -176,6 +176,8 @@ class Takeover:
         for slot in self.standing:
             self.changed += self._load_changes(slot)
         copy_changed(self._old.switch, self._new.switch, "l2")
+        if "samplings" in self._old.switch.maps:
+            copy_changed(self._old.switch, self._new.switch, "samplings")
         host = self._old.kernel.counters.get(0)
         if host is not None:
             self._new.counters.set(0, host)
