@@ -7,6 +7,7 @@
 #include "lib/gate.h"
 #include "lib/l2.h"
 #include "lib/maps.h"
+#include "lib/mirror.h"
 #include "lib/tunnel.h"
 
 static __always_inline int from_tunnel_overlay(struct __sk_buff *skb, struct tunnel_origin *origin)
@@ -68,6 +69,18 @@ static __always_inline int from_tunnel_channel(struct __sk_buff *skb, struct tun
 	return deliver(skb, channel->slot, path);
 }
 
+/* A copy of a mirror, for a port that is here, or was. */
+static __always_inline int from_tunnel_copy(struct __sk_buff *skb, struct tunnel_origin *origin)
+{
+	struct mirror_name name = {.id = origin->id, .mark = origin->mark};
+
+	if (!bpf_map_lookup_elem(&host_index, &origin->from))
+		return drop_slot(skb, 0, TO_GUEST, DROP_TUNNEL_PEER);
+	if (mirror_here(skb, &name, 0) != TC_ACT_REDIRECT)
+		return drop_slot(skb, 0, TO_GUEST, DROP_MIRROR);
+	return TC_ACT_REDIRECT;
+}
+
 SEC("tc")
 int from_tunnel(struct __sk_buff *skb)
 {
@@ -75,6 +88,8 @@ int from_tunnel(struct __sk_buff *skb)
 
 	if (tunnel_origin(skb, &origin))
 		return drop_slot(skb, 0, TO_GUEST, DROP_TUNNEL_PEER);
+	if (origin.mark & MARK_COPY)
+		return from_tunnel_copy(skb, &origin);
 	if (origin.mark & (MARK_REDIRECT | MARK_PROBE))
 		return from_tunnel_channel(skb, &origin);
 	if (origin.mark)

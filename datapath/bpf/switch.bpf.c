@@ -7,6 +7,7 @@
 #include "from_shaper.bpf.c"
 #include "from_tunnel.bpf.c"
 #include "from_uplink.bpf.c"
+#include "to_cutter.bpf.c"
 #include "to_port.bpf.c"
 
 char _license[] SEC("license") = "GPL";

@@ -57,7 +57,7 @@ REASONS: dict[int, Reason] = {
         (31, "remap", "The network knows the guest by another address, or what it answers would come from another."),
         (32, "window", "A TCP segment outside of its connection's window."),
         (33, "shape", "The queue of the port's shaper is full."),
-        (34, "mirror", "A copy for a mirror could not be sent; the frame itself went on."),
+        (34, "mirror", "A copy of a mirror that came from another host found no port to take it."),
         (36, "answered", "It asked for a remapped address of the port, and the switch has answered."),
         (35, "label", "Its connection's label could not be kept."),
     )

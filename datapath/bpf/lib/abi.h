@@ -19,6 +19,9 @@ enum abi_constant {
 	ABI_MARK_PROBE = MARK_PROBE,
 	ABI_MARK_LOCAL = MARK_LOCAL,
 	ABI_MARK_HOPS = MARK_HOPS,
+	ABI_MARK_COPY = MARK_COPY,
+	ABI_MARK_COPY_PORT = MARK_COPY_PORT,
+	ABI_MIRRORS_MAX = MIRRORS_MAX,
 	ABI_HOPS_MAX = HOPS_MAX,
 	ABI_SKB_MARK_JUDGED = SKB_MARK_JUDGED,
 	ABI_EVENT_BYTES = EVENT_BYTES,
@@ -33,6 +36,7 @@ union abi {
 	enum abi_constant constants;
 	enum port_state port_state;
 	enum port_flag port_flag;
+	enum mirror_output mirror_output;
 	enum port_feature port_feature;
 	enum gate_target gate_target;
 	enum remap_side remap_side;
@@ -77,6 +81,10 @@ union abi {
 	struct acl_rule acl_rule;
 	struct hits_key hits_key;
 	struct hits hits;
+	struct mirror mirror;
+	struct mirror_count mirror_count;
+	struct mirror_name mirror_name;
+	struct mirror_slots mirror_slots;
 	struct qos qos;
 	struct counters counters;
 	struct event event;

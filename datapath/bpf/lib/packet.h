@@ -57,8 +57,8 @@ struct packet {
 	__u32 fragment_id; /* as on the wire; 16 bits for IPv4 */
 	__u16 l3_offset;
 	__u16 l4_offset;
-	__u16 vlan; /* set by who took a tag off: put on again for an answer to the guest */
-	__u16 pad;
+	__u16 vlan;         /* set by who took a tag off: put on again for an answer to the guest */
+	__u16 tagged;       /* likewise: VLAN_TAG_REST of the tag, 0 when there was none */
 	__u32 wire_packets; /* frames that this one is on a wire: segments of a GSO frame */
 	__u32 wire_bytes;   /* bytes of those IP packets; of the frame behind its Ethernet header when it is not IP */
 	__u32 wire_frame_bytes; /* bytes of those frames with their Ethernet headers, without FCS and accelerated tag */

@@ -68,14 +68,14 @@ static __always_inline int receive_hold(struct __sk_buff *skb, struct port *port
 
 /* The network of a frame from the port, its tag taken off: index in `networks`, or 0 for a tag that the port may not
  * use. */
-static __noinline __u32 receive_network(struct __sk_buff *skb, struct port *port, int vid)
+static __noinline __u32 receive_network(struct __sk_buff *skb, struct port *port, int tag)
 {
-	struct trunk_key key = {.slot = port->slot, .vid = vid};
+	struct trunk_key key = {.slot = port->slot, .vid = tag & VLAN_ID_MASK};
 	__u32 *network;
 
-	if (vid < 0 || vlan_strip(skb))
+	if (tag < 0 || vlan_strip(skb))
 		return 0;
-	if (!vid)
+	if (!key.vid)
 		return port->network;
 	if (!(port_flags(port) & PORT_F_TRUNK))
 		return 0;
@@ -109,8 +109,8 @@ static __noinline int receive_learn(struct __sk_buff *skb, struct port *port, __
 	return mac_equal(eth.h_source, port->mac) ? DROP_NONE : l2_learn_port(port, network, eth.h_source, vid);
 }
 
-/* Everything between the network of a frame and its forwarding. Returns enum drop_reason. */
-static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __u32 network, __u32 vid)
+/* Everything between the network of a frame and its forwarding; `tag`: as it came. Returns enum drop_reason. */
+static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __u32 network, __u32 tag)
 {
 	struct packet pkt = {};
 	int reason;
@@ -118,14 +118,15 @@ static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __
 	reason = parse(skb, &pkt, FROM_GUEST);
 	if (reason)
 		return reason;
-	pkt.vlan = vid;
+	pkt.vlan = tag & VLAN_ID_MASK;
+	pkt.tagged = VLAN_TAG_REST(tag);
 	reason = receive_sender(skb, port, &pkt, network);
 	if (!reason && (port->features & FEATURE_POLICE_FROM))
 		reason = qos_pass(skb, &pkt, port->slot, FROM_GUEST);
 	if (!reason && !(port_flags(port) & PORT_F_STATELESS))
 		reason = judge(skb, port, &pkt, FROM_GUEST);
 	if (!reason)
-		reason = receive_learn(skb, port, network, vid);
+		reason = receive_learn(skb, port, network, pkt.vlan);
 	if (!reason && port->features & FEATURES_OBSERVE)
 		observe(skb, port, &pkt, FROM_GUEST);
 	if (!reason && port->features & FEATURE_REMAP)
@@ -144,7 +145,7 @@ static __always_inline int receive(struct __sk_buff *skb, __u32 slot, __u32 path
 	struct port *port = bpf_map_lookup_elem(&ports, &slot);
 	struct qos *way = NULL;
 	__u32 network;
-	int reason = DROP_NONE, vid;
+	int reason = DROP_NONE, tag;
 	__u8 state;
 
 	if (!port || !slot)
@@ -157,12 +158,13 @@ static __always_inline int receive(struct __sk_buff *skb, __u32 slot, __u32 path
 	}
 	if (state != PORT_ACTIVE)
 		return drop_at(skb, port, FROM_GUEST, DROP_NOT_ACTIVE);
-	vid = vlan_id(skb);
-	network = receive_network(skb, port, vid);
+	tag = vlan_tag(skb);
+	network = receive_network(skb, port, tag);
 	if (!network)
-		return drop_at(skb, port, FROM_GUEST, vid || vlan_tagged(skb) ? DROP_VLAN : DROP_NO_NETWORK);
+		return drop_at(skb, port, FROM_GUEST,
+			       tag & VLAN_ID_MASK || vlan_tagged(skb) ? DROP_VLAN : DROP_NO_NETWORK);
 	if (!mark_take(skb)) { /* marked: the switch's own answer for the guest, a reject */
-		reason = receive_check(skb, port, network, vid);
+		reason = receive_check(skb, port, network, tag);
 		if (port->features & FEATURE_SHAPE)
 			way = qos_of(slot, FROM_GUEST);
 	} else if (port->features & FEATURE_REMAP) {
@@ -171,6 +173,6 @@ static __always_inline int receive(struct __sk_buff *skb, __u32 slot, __u32 path
 	if (reason)
 		return drop_at(skb, port, FROM_GUEST, reason);
 	if (way)
-		return qos_wait(skb, port, way, vid, path & PATH_CLONE);
+		return qos_wait(skb, port, way, tag & VLAN_ID_MASK, path & PATH_CLONE);
 	return forward(skb, network, SOURCE(L2_PORT, slot), path & PATH_CLONE);
 }

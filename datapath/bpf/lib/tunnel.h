@@ -34,14 +34,30 @@ static __always_inline int sent(int result, __u32 path)
 	return path & PATH_CLONE ? result == 0 : result == TC_ACT_REDIRECT;
 }
 
+/* Where the tunnel device is to send the frame: a host, a 24-bit id and a group policy mark. Returns 0 or an error. */
+static __always_inline int tunnel_key(struct __sk_buff *skb, const __be32 addr[4], __u32 id, __u32 mark)
+{
+	struct bpf_tunnel_key key = {.tunnel_id = id, .tunnel_ttl = 64};
+	__u64 flags = BPF_F_ZERO_CSUM_TX;
+
+	if (addr_is_v4(addr)) {
+		key.remote_ipv4 = bpf_ntohl(addr[3]);
+	} else {
+		addr_copy((__be32 *)key.remote_ipv6, addr);
+		flags |= BPF_F_TUNINFO_IPV6;
+	}
+	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags))
+		return -1;
+	/* also mark 0: without options the device sends what lies on its stack (seen on 6.18) */
+	return bpf_skb_set_tunnel_opt(skb, &mark, sizeof(mark));
+}
+
 /* Sends the frame to `hosts[host]` with a 24-bit id and a group policy mark. Returns the verdict; TC_ACT_SHOT: it could
  * not be sent (no tunnel device, unknown host), not yet counted. With PATH_CLONE TC_ACT_OK stands for sent. */
 __noinline int tunnel_send(struct __sk_buff *skb, __u32 host, __u32 id, __u32 mark, __u32 path)
 {
-	struct bpf_tunnel_key key = {};
 	struct settings *set;
 	struct host *remote;
-	__u64 flags = BPF_F_ZERO_CSUM_TX;
 	__u32 zero = 0;
 	int result;
 
@@ -49,18 +65,7 @@ __noinline int tunnel_send(struct __sk_buff *skb, __u32 host, __u32 id, __u32 ma
 	remote = bpf_map_lookup_elem(&hosts, &host);
 	if (!set || !set->tunnel || !remote || !host)
 		return TC_ACT_SHOT;
-	key.tunnel_id = id;
-	key.tunnel_ttl = 64;
-	if (addr_is_v4(remote->addr)) {
-		key.remote_ipv4 = bpf_ntohl(remote->addr[3]);
-	} else {
-		addr_copy((__be32 *)key.remote_ipv6, remote->addr);
-		flags |= BPF_F_TUNINFO_IPV6;
-	}
-	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags))
-		return TC_ACT_SHOT;
-	/* also mark 0: without options the device sends what lies on its stack (seen on 6.18) */
-	if (bpf_skb_set_tunnel_opt(skb, &mark, sizeof(mark)))
+	if (tunnel_key(skb, remote->addr, id, mark))
 		return TC_ACT_SHOT;
 	result = send_to(skb, set->tunnel, path);
 	if (!sent(result, path))

@@ -136,6 +136,7 @@ enum device_role {
 	DEVICE_TUNNEL = 6,
 	DEVICE_INJECT = 7, /* frames of the agent as if the guest sent them now, behind those that are held */
 	DEVICE_SHAPER = 8, /* behind the shaper: frames of guests that have waited there */
+	DEVICE_CUTTER = 9, /* copies of mirrors go through its egress to be cut */
 };
 
 struct device {
@@ -224,16 +225,68 @@ struct channel {        /* key: 24-bit id. A redirect that ends here */
 #define MARK_HOPS     0x0003 /* redirects taken so far */
 #define HOPS_MAX      2
 
+/* Or it is a copy of a mirror for a port, which the tunnel id and MARK_COPY_PORT of the mark name together. */
+#define MARK_COPY        0x8000 /* neither REDIRECT nor PROBE is set then: a switch without mirrors drops it */
+#define MARK_COPY_PASSED 0x2000 /* sent on by the host that the port left: never again */
+#define MARK_COPY_PORT   0x0fff
+
 /* skb->mark while a judged frame goes from from_tunnel to to_port on one host; to_port clears it. */
 #define SKB_MARK_JUDGED 0x6d696772
 /* The same, while a frame that is yet to be judged goes to a device that others put frames into, too. */
 #define SKB_MARK_SENT 0x6d696773
+/* Plus MIRROR_KEY: a copy on its way through the cutter. */
+#define SKB_MARK_COPY 0x4d000000
 
 struct member {    /* flood list of a network: dense, ends at kind 0 */
 	__u8 kind; /* enum l2_kind */
 	__u8 pad;
 	__u16 vlan;
 	__u32 target;
+};
+
+/* ---- mirrors ------------------------------------------------------------------------------------------------- */
+
+#define MIRRORS_MAX              8 /* of one port */
+#define MIRROR_KEY(slot, number) ((slot) * MIRRORS_MAX + (number))
+
+enum mirror_output {
+	MIRROR_NONE = 0,   /* was taken away, and another has a higher number */
+	MIRROR_DEVICE = 1, /* target: ifindex, 0 while the device is not there */
+	MIRROR_PORT = 2,   /* the port that `id` and `mark` name, here or at `remote` (zero: unknown) */
+	MIRROR_VLAN = 3,   /* target: ifindex of an uplink, `vid` goes around the guest's own tag */
+	MIRROR_TUNNEL = 4, /* to `remote` with tunnel id `id` */
+};
+
+struct mirror { /* numbers of a port's mirrors begin at 0; the first that is not there ends them */
+	__u8 output;
+	__u8 directions; /* bits: 1 << FROM_GUEST, 1 << TO_GUEST */
+	__u16 vid;
+	__u16 mark;
+	__u8 filtered; /* only frames of a VLAN in `vlans` */
+	__u8 pad;
+	__u32 snap; /* bytes of a frame that are copied, 0 all */
+	__u32 target;
+	__u32 id;
+	__be32 remote[4]; /* v4-mapped for IPv4 */
+	__u32 pad2;
+	__u64 name;      /* digest: which one it is */
+	__u64 vlans[64]; /* a bit for each VLAN id; 0: untagged */
+};
+
+struct mirror_count {  /* per mirror and CPU */
+	__u64 packets; /* segments of a GSO frame counted one by one */
+	__u64 bytes;   /* of the frames on the wire, before they are cut */
+	__u64 dropped; /* packets that the output did not take */
+};
+
+struct mirror_name { /* what a copy in a tunnel says of the port that it is for */
+	__u32 id;
+	__u32 mark;
+};
+
+struct mirror_slots { /* instances of a port on this host, 0 none */
+	__u32 newest;
+	__u32 older;
 };
 
 /* ---- connections -------------------------------------------------------------------------------------------- */

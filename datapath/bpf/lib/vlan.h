@@ -11,23 +11,35 @@
 #include <bpf/bpf_helpers.h>
 
 #define VLAN_ID_MASK 0x0fff
-#define VLAN_UNKNOWN -1 /* tagged with what is not 802.1Q */
+#define VLAN_UNKNOWN -1      /* tagged with what is not 802.1Q */
+#define VLAN_TAG     0x10000 /* there is a tag */
 
-/* VLAN id of the outer tag, accelerated or inline; 0 when there is none or it is a priority tag (IEEE 802.1Q, id 0);
- * VLAN_UNKNOWN for a service tag (802.1ad): those are not switched. */
-static __always_inline int vlan_id(struct __sk_buff *skb)
+/* What a tag is besides its id: that it is there, priority and drop eligibility */
+#define VLAN_TAG_REST(tag) ((tag) >> 12)
+
+/* The outer tag, accelerated or inline: VLAN_TAG and its control information, 0 when there is none; VLAN_UNKNOWN for a
+ * service tag (802.1ad): those are not switched. */
+static __always_inline int vlan_tag(struct __sk_buff *skb)
 {
 	__be16 tag[2];
 
 	if (skb->vlan_present)
-		return skb->vlan_proto == bpf_htons(ETH_P_8021Q) ? (int)(skb->vlan_tci & VLAN_ID_MASK) : VLAN_UNKNOWN;
+		return skb->vlan_proto == bpf_htons(ETH_P_8021Q) ? VLAN_TAG | (skb->vlan_tci & 0xffff) : VLAN_UNKNOWN;
 	if (skb->protocol == bpf_htons(ETH_P_8021AD))
 		return VLAN_UNKNOWN;
 	if (skb->protocol != bpf_htons(ETH_P_8021Q))
 		return 0;
 	if (bpf_skb_load_bytes(skb, ETH_HLEN, tag, sizeof(tag)))
 		return VLAN_UNKNOWN;
-	return bpf_ntohs(tag[0]) & VLAN_ID_MASK;
+	return VLAN_TAG | bpf_ntohs(tag[0]);
+}
+
+/* VLAN id of the outer tag; 0 when there is none or it is a priority tag (IEEE 802.1Q, id 0), or VLAN_UNKNOWN. */
+static __always_inline int vlan_id(struct __sk_buff *skb)
+{
+	int tag = vlan_tag(skb);
+
+	return tag < 0 ? tag : tag & VLAN_ID_MASK;
 }
 
 static __always_inline int vlan_tagged(struct __sk_buff *skb)

@@ -165,6 +165,27 @@ QOS = _structure(
         ("pad", "u1", 3),
     ],
 )
+MIRROR = _structure(
+    "mirror",
+    [
+        ("output", "u1"),
+        ("directions", "u1"),
+        ("vid", "<u2"),
+        ("mark", "<u2"),
+        ("filtered", "u1"),
+        ("pad", "u1"),
+        ("snap", "<u4"),
+        ("target", "<u4"),
+        ("id", "<u4"),
+        ("remote", ">u4", 4),
+        ("pad2", "<u4"),
+        ("name", "<u8"),
+        ("vlans", "<u8", 64),
+    ],
+)
+MIRROR_COUNT = _structure("mirror_count", [("packets", "<u8"), ("bytes", "<u8"), ("dropped", "<u8")])
+MIRROR_NAME = _structure("mirror_name", [("id", "<u4"), ("mark", "<u4")])
+MIRROR_SLOTS = _structure("mirror_slots", [("newest", "<u4"), ("older", "<u4")])
 COUNTERS = _structure(
     "counters",
     [

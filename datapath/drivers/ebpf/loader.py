@@ -33,6 +33,7 @@ _BY_SLOT = (
     *("ports", "devices", "counters", "addresses", "trunks", "channels", "conntracks", "dirty", "policies"),
     *("acl_tries", "acl_lines", "acl_rows", "acl_rules", "qos", "samplings"),
     *("flow_ends", "flow_reports", "flow_exporters", "flow_lost"),
+    *("mirrors", "mirror_counts", "mirror_ports"),
 )
 _BY_NETWORK = ("networks", "uplinks", "vnis", "floods", "learning")
 _BY_HOST = ("hosts", "host_index")
