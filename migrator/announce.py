@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from datapath.state.kind import Record
 
@@ -20,14 +20,15 @@ ARP_REQUEST, ARP_REPLY, RARP_REQUEST = 1, 2, 3
 ICMPV6, NEIGHBOUR_ADVERTISEMENT, OVERRIDE, TARGET_LINK_ADDRESS = 58, 136, 0x20, 2
 
 
-def frames(record: Record) -> list[bytes]:
+def frames(record: Record, more: Sequence[str] = ()) -> list[bytes]:
     """All announcements for a port, untagged and on each tag of its trunk. `record` is of kind `port`.
 
-    For each IPv4 address an ARP request and reply, for each IPv6 address an advertisement, and one reverse request.
+    `more`: addresses that the network finds at the port beside its own. For each IPv4 address an ARP request and reply,
+    for each IPv6 address an advertisement, and one reverse request.
     """
     mac = bytes.fromhex(str(record["mac"]).replace(":", ""))
     tags = [0, *sorted(int(tag) for tag in record["trunk"])]
-    plain = list(_plain(mac, record["addresses"]))
+    plain = list(_plain(mac, [*record["addresses"], *more]))
     return [VNET_HEADER + _framed(mac, to, tag, kind, body) for tag in tags for to, kind, body in plain]
 
 

@@ -83,7 +83,8 @@ class Kind:
     the values that readers take for fields which a snapshot lacks, `accounting` the fields that may be missing
     because they are only counted (they are never filled in), `live` those that the switch changes by itself: where one
     is missing, it stays as it is. `choices` has what a field may hold, where that is a list. `document` is what an
-    operator writes for the kind at a port; None: it is not declared so.
+    operator writes for the kind at a port; None: it is not declared so. `announced` is the field with an address that
+    the network looks for at the port: where the VM opens it is announced as the port's own are.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Kind:
     live: tuple[str, ...] = ()
     choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
     document: type[Document] | None = None
+    announced: str = ""
 
     def bare(self, record: Record) -> Record:
         """The record as it is configured: without what is counted and what the switch changes."""

@@ -48,7 +48,8 @@ class RemapDocument(Document):
 
     @model_validator(mode="after")
     def _consistent(self) -> RemapDocument:
-        found = problems(rule.model_dump() for rule in self.rules) or problems(self.records())
+        found = [problem for rule in self.rules for problem in _of_one(rule.model_dump())]
+        found = found or problems(self.records())
         if found:
             raise ValueError("; ".join(found[:5]))
         return self
@@ -77,12 +78,8 @@ REMAP = Kind(
     accounting=COUNTERS,
     choices={"protocol": frozenset(PROTOCOLS)},
     document=RemapDocument,
+    announced="outside",
 )
-
-
-def announced(records: Iterable[Record]) -> list[str]:
-    """The outside addresses, each once."""
-    return list(dict.fromkeys(str(record["outside"]) for record in records))
 
 
 def problems(records: Iterable[Record]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from datapath.provider import PortRef
+from datapath.registry import KINDS
 from datapath.state.kind import Op, Record
 from migrator import announce
 from migrator._pb import migrator_pb2 as pb
@@ -254,14 +255,18 @@ class DestinationEnd(End):
 
     async def _announce(self) -> None:
         """Say on every wire where the VM is. What is lost of it, the places that the coordinator gives make up for."""
-        records = [(ref, await self.call(self._record, ref)) for ref in self.refs]
+        said = [(ref, await self.call(self._announcements, ref)) for ref in self.refs]
         for pause in ANNOUNCE_S:
             await asyncio.sleep(pause)
-            for ref, record in records:
-                await self.call(lambda r, f: self.driver.inject(r, f, judged=False), ref, announce.frames(record))
+            for ref, frames in said:
+                await self.call(lambda r, f: self.driver.inject(r, f, judged=False), ref, frames)
 
-    def _record(self, ref: PortRef) -> dict[str, Any]:
-        return self.driver.port(ref).record
+    def _announcements(self, ref: PortRef) -> list[bytes]:
+        held = self.driver.kinds()
+        kinds = [kind for kind in KINDS.values() if kind.announced and kind.name in held]
+        tables = [(kind, table) for kind in kinds for table in self.driver.dump(ref, kind.name)]
+        found = [record[kind.announced] for kind, table in tables for record in table.records or ()]
+        return announce.frames(self.driver.port(ref).record, list(dict.fromkeys(found)))
 
     async def _send_opened(self, _: words.SendOpened) -> None:
         self._send(pb.FromDestination(opened=self._opened()))

@@ -51,6 +51,12 @@ static __always_inline struct remap_entry *remap_address_rule(__u32 slot, __u32 
 	return entry && entry->flags & REMAP_F_RULE ? entry : NULL;
 }
 
+/* The network finds the port's guest under it. */
+static __always_inline int remap_is_outside(const struct port *port, const __be32 addr[4])
+{
+	return port->features & FEATURE_REMAP && remap_address(port->slot, REMAP_IN, addr);
+}
+
 static __always_inline struct remap_entry *remap_port_rule(__u32 slot, __u32 side, const __be32 addr[4],
 							   const struct packet *pkt)
 {

@@ -3,7 +3,7 @@
  * Anti-spoofing: a guest speaks with its own MACs and addresses only. Its MACs are the port's and those whose L2 entry
  * was pinned to the port; its addresses are those in `addresses`. Link-local IPv6 addresses pass unless the port's are
  * named; so does what a guest must say before it has an address: DHCP, address probes, router solicitations and
- * multicast reports.
+ * multicast reports. Where the port is may be announced of its outside addresses (remap.h), too.
  */
 #pragma once
 
@@ -17,6 +17,7 @@
 #include "l2.h"
 #include "maps.h"
 #include "packet.h"
+#include "remap_rule.h"
 #include "spoof_nd.h"
 
 #define ARP_ETHERNET 1 /* hardware type */
@@ -77,7 +78,8 @@ static __always_inline int spoof_ipv6(struct __sk_buff *skb, struct port *port, 
 		return DROP_SPOOF_ADDRESS;
 	if (addr_is_zero(pkt->laddr))
 		reason = spoof_ipv6_unspecified(pkt);
-	else if (!addr_is_own_link_local(port->slot, pkt->laddr) && !addr_is_owned(port->slot, pkt->laddr))
+	else if (!addr_is_own_link_local(port->slot, pkt->laddr) && !addr_is_owned(port->slot, pkt->laddr) &&
+		 !(pkt->icmp_type == ICMP6_NEIGHBOUR_ADVERT && remap_is_outside(port, pkt->laddr)))
 		reason = DROP_SPOOF_ADDRESS;
 	if (!reason && pkt->proto == IPPROTO_ICMPV6 && pkt->fragment != FRAGMENT_LATER)
 		reason = spoof_nd(skb, port, pkt, mac);
@@ -99,7 +101,7 @@ static __always_inline int spoof_arp(struct __sk_buff *skb, struct port *port, c
 	__builtin_memcpy(&sender, arp.sender_ip, sizeof(sender));
 	addr_map_v4(addr, sender);
 	/* RARP has no address yet (RFC 903), nor has a probe (RFC 5227) */
-	if (!sender || addr_is_owned(port->slot, addr))
+	if (!sender || addr_is_owned(port->slot, addr) || remap_is_outside(port, addr))
 		return DROP_NONE;
 	return DROP_SPOOF_ARP;
 }

@@ -9,6 +9,7 @@
 #include "address.h"
 #include "l2.h"
 #include "packet.h"
+#include "remap_rule.h"
 
 #define ND_HOP_LIMIT   255 /* RFC 4861, 7.1: what came through a router has less */
 #define ND_OPTIONS_MAX 4
@@ -75,7 +76,7 @@ static __always_inline int spoof_nd(struct __sk_buff *skb, struct port *port, co
 		return DROP_SPOOF_ND;
 	/* the target of an advertisement, and of an address probe, is what the guest claims */
 	if ((pkt->icmp_type == ICMP6_NEIGHBOUR_ADVERT || probe) && !addr_is_own_link_local(port->slot, nd.target) &&
-	    !addr_is_owned(port->slot, nd.target))
+	    !addr_is_owned(port->slot, nd.target) && !remap_is_outside(port, nd.target))
 		return DROP_SPOOF_ND;
 	return spoof_nd_options(skb, pkt->l4_offset + sizeof(nd), mac);
 }
