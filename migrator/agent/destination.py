@@ -261,12 +261,15 @@ class DestinationEnd(End):
             for ref, frames in said:
                 await self.call(lambda r, f: self.driver.inject(r, f, judged=False), ref, frames)
 
+    def _record(self, ref: PortRef) -> dict[str, Any]:
+        return self.driver.port(ref).record
+
     def _announcements(self, ref: PortRef) -> list[bytes]:
         held = self.driver.kinds()
         kinds = [kind for kind in KINDS.values() if kind.announced and kind.name in held]
         tables = [(kind, table) for kind in kinds for table in self.driver.dump(ref, kind.name)]
         found = [record[kind.announced] for kind, table in tables for record in table.records or ()]
-        return announce.frames(self.driver.port(ref).record, list(dict.fromkeys(found)))
+        return announce.frames(self._record(ref), list(dict.fromkeys(found)))
 
     async def _send_opened(self, _: words.SendOpened) -> None:
         self._send(pb.FromDestination(opened=self._opened()))
