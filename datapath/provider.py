@@ -68,6 +68,7 @@ class Place:
     network: str
     mac: str
     host: str
+    vm: str = ""  # whose MAC it is, "" when it was not said
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def network(message: pb.Network) -> Network:
 
 
 def place(message: pb.Place) -> Place:
-    return Place(network=message.network, mac=message.mac, host=message.host)
+    return Place(network=message.network, mac=message.mac, host=message.host, vm=message.vm)
 
 
 def ref(order: pb.PortOrder) -> PortRef:

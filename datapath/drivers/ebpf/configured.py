@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datapath.drivers.ebpf.kindtable import KindTable
+from datapath.drivers.ebpf.mirroring import MirrorTable
 from datapath.drivers.ebpf.remap import RemapTable
 from datapath.drivers.ebpf.sampling import SamplingTable
 from datapath.state.kind import Kind
 
 TABLES: tuple[type[KindTable], ...] = (
+    MirrorTable,
     RemapTable,
     SamplingTable,
 )

@@ -89,7 +89,9 @@ class EbpfDriver(Driver):
 
     def set_network(self, network: Network) -> None:
         with self._structure:
-            self._parts().networks.set(network)
+            parts = self._parts()
+            parts.networks.set(network)
+            parts.kinds.changed()
 
     def remove_network(self, name: str) -> None:
         with self._structure:
@@ -103,6 +105,7 @@ class EbpfDriver(Driver):
             ]
             require_empty(name, on_it)
             parts.places.network_gone(parts.networks.remove(name))
+            parts.kinds.changed()
 
     def networks(self) -> Sequence[Network]:
         return self._parts().networks.all()
@@ -114,12 +117,17 @@ class EbpfDriver(Driver):
             gone = parts.hosts.replace(hosts, in_use)
             parts.networks.hosts_changed()
             parts.places.host_gone(gone)
+            parts.kinds.changed()
 
     def set_place(self, place: Place) -> None:
-        self._parts().places.set(place)
+        parts = self._parts()
+        parts.kinds.placed(place)  # also of a network that this host does not have
+        parts.places.set(place)
 
     def remove_place(self, network: str, mac: str) -> None:
-        self._parts().places.remove(network, mac)
+        parts = self._parts()
+        parts.kinds.unplaced(network, mac)
+        parts.places.remove(network, mac)
 
     # ---- life of a port ----
 

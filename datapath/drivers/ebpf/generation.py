@@ -23,9 +23,11 @@ from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.ledger import Ledger, PortEntry
 from datapath.drivers.ebpf.maps import Records
 from datapath.drivers.ebpf.maps import Table as Map
+from datapath.drivers.ebpf.mirroring import mirror_totals
 from datapath.drivers.ebpf.tracking import KEYS_MAX
 from datapath.drivers.ebpf.words import Words
 from datapath.state.kind import Table
+from datapath.state.mirror import MIRROR
 
 
 class _Kernel(Kernel):
@@ -124,7 +126,13 @@ class Generation:
         """PortEntry.carried for what a port and its rules have counted, here and before."""
         instance = self.instance(slot)
         hits = {str(rule): list(amount) for rule, amount in self._counters.hits(instance).items()}
-        return {"counters": self._counters.total(instance), "hits": hits}
+        return {"counters": self._counters.total(instance), "hits": hits, **self._mirrors(instance.entry)}
+
+    def _mirrors(self, entry: PortEntry) -> dict[str, Any]:
+        if "mirror_counts" not in self.switch.maps:
+            return {}
+        with self.switch.table("mirrors") as mirrors, self.switch.table("mirror_counts") as counts:
+            return {MIRROR.name: mirror_totals(mirrors, counts, entry)}
 
     # ---- a port stands ----
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from datapath.drivers.ebpf.holds import HoldTap
@@ -53,6 +53,11 @@ class Instances:
         self._by_slot: dict[int, Instance] = {}
         self._taken: set[int] = set()
         self._lock = threading.Lock()
+        self._followers: list[Callable[[PortRef], None]] = []
+
+    def follow(self, tell: Callable[[PortRef], None]) -> None:
+        """`tell` is called when an instance has come or gone."""
+        self._followers.append(tell)
 
     def __iter__(self) -> Iterator[Instance]:
         with self._lock:
@@ -110,6 +115,7 @@ class Instances:
         with self._lock:
             self._taken.add(instance.slot)
             self._by_ref[instance.ref] = self._by_slot[instance.slot] = instance
+        self._tell(instance.ref)
 
     def release(self, slot: int) -> None:
         """The slot is free again, and its instance forgotten."""
@@ -118,6 +124,12 @@ class Instances:
             gone = self._by_slot.pop(slot, None)
             if gone is not None:
                 del self._by_ref[gone.ref]
+        if gone is not None:
+            self._tell(gone.ref)
+
+    def _tell(self, ref: PortRef) -> None:
+        for tell in self._followers:
+            tell(ref)
 
     def free(self) -> int:
         with self._lock:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.ledger import Ledger, PortEntry
 from datapath.errors import LoadRejected
-from datapath.provider import Loaded
+from datapath.provider import Loaded, Place
 from datapath.state.check import checked_records
 from datapath.state.kind import Kind, Nature, Op, Record, Table
 
@@ -72,6 +72,15 @@ class KindTable(abc.ABC):
     def quiesced(self, instance: Instance) -> None:  # noqa: B027
         """The port has stopped; the next `dump` is what goes to the other host. A rollback is told by `opened`."""
 
+    def changed(self) -> None:  # noqa: B027
+        """Devices, networks or hosts are others than a moment ago. From any thread."""
+
+    def placed(self, place: Place) -> None:  # noqa: B027
+        """Where a MAC is that is not here, by word of the coordinator. From any thread."""
+
+    def unplaced(self, network: str, mac: str) -> None:  # noqa: B027
+        """The end of `placed`."""
+
     def start(self) -> None:  # noqa: B027
         """Threads and sockets. Ports of an earlier run have been applied by then."""
 
@@ -113,6 +122,18 @@ class KindTables:
         for table, records in self._of(instance):
             if records:
                 table.quiesced(instance)
+
+    def changed(self) -> None:
+        for table in self._tables.values():
+            table.changed()
+
+    def placed(self, place: Place) -> None:
+        for table in self._tables.values():
+            table.placed(place)
+
+    def unplaced(self, network: str, mac: str) -> None:
+        for table in self._tables.values():
+            table.unplaced(network, mac)
 
     def clear(self, slot: int) -> None:
         for table in self._tables.values():

@@ -31,6 +31,8 @@ def remains(parts: Running) -> Mapping[str, Sequence[str]]:
         "channels": (f"channel {key}" for key in parts.kernel.channels.keys().tolist()),
         "policies": (f"generation {key}" for key in parts.kernel.acl_rows.keys().tolist()),
         "hits": (f"slot {k['slot']} rule {k['rule']}" for k in _keys(parts.kernel.rule_hits)),
+        "mirrors": (f"slot {key // 8} mirror {key % 8}" for key in parts.kernel.mirrors.keys().tolist()),
+        "names for mirrors": (f"name {key}" for key in parts.kernel.mirror_ports.keys().tolist()),
         "devices": _devices(parts),
         "attachments": _attachments(parts),
         "files": (path.name for path in (parts.options.state / "ports").iterdir()),
@@ -80,7 +82,7 @@ def _members(parts: Running) -> Iterator[str]:
 
 
 def _devices(parts: Running) -> Iterator[str]:
-    mine = re.compile(re.escape(parts.options.tap_prefix) + r"\d+[tf]")
+    mine = re.compile(re.escape(parts.options.tap_prefix) + r"(\d+[tf]|c)")
     return (name for name in devices.links() if mine.fullmatch(name))
 
 

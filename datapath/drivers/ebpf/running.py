@@ -127,11 +127,13 @@ class Running:
             if link.name in self.uplinks.names and self.uplinks.ifindex(link.name) not in (0, link.ifindex):
                 self.networks.uplink_changed(link.name)
             self.plugs.added(link)
+            self.kinds.changed()
 
     def device_removed(self, link: Link) -> None:
         """From the watch's thread."""
         with self._logged(f"device {link.name} disappeared"):
             self.plugs.removed(link)
+            self.kinds.changed()
 
     @contextlib.contextmanager
     def _logged(self, what: str) -> Iterator[None]:

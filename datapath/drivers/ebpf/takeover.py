@@ -245,7 +245,8 @@ class Takeover:
         generation = syscall.map_info(self._old.ports.fd).id
         if entry.carried.get("generation") == generation:
             return
-        carried = self._old.totals(entry.slot)
+        kept = {part: values for part, values in entry.carried.items() if part != "ended"}  # these are in the totals
+        carried = {**kept, **self._old.totals(entry.slot)}
         for name, amount in ended.items():
             if amount:
                 carried["counters"][name] = carried["counters"].get(name, 0) + amount
