@@ -9,6 +9,8 @@ from datapath.provider import Driver
 from datapath.state.acl import ACL
 from datapath.state.conntrack import CONNTRACK
 from datapath.state.fdb import FDB
+from datapath.state.flow_export import FLOW_EXPORT
+from datapath.state.flows import FLOWS
 from datapath.state.kind import Kind
 from datapath.state.mirror import MIRROR
 from datapath.state.port import PORT
@@ -23,6 +25,8 @@ _ALL = (
     MIRROR,
     REMAP,
     SAMPLING,
+    FLOW_EXPORT,
+    FLOWS,
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 """In the order in which a destination loads them."""

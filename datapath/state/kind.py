@@ -84,7 +84,8 @@ class Kind:
     because they are only counted (they are never filled in), `live` those that the switch changes by itself: where one
     is missing, it stays as it is. `choices` has what a field may hold, where that is a list. `document` is what an
     operator writes for the kind at a port; None: it is not declared so. `announced` is the field with an address that
-    the network looks for at the port: where the VM opens it is announced as the port's own are.
+    the network looks for at the port: where the VM opens it is announced as the port's own are. `part_of` names the
+    kind without which a port has nothing of this one.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Kind:
     choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
     document: type[Document] | None = None
     announced: str = ""
+    part_of: str = ""
 
     def bare(self, record: Record) -> Record:
         """The record as it is configured: without what is counted and what the switch changes."""

@@ -40,6 +40,7 @@ class Copier:
     def __init__(self, driver: Driver, refs: Sequence[PortRef], *, with_state: bool) -> None:
         held = driver.kinds()
         wanted = [kind for name, kind in KINDS.items() if name in held and name != PORT.name]
+        wanted = [kind for kind in wanted if kind.nature != Nature.ACCOUNTING]  # that comes with settle
         if not with_state:
             wanted = [kind for kind in wanted if Nature.CONFIGURATION in kind.nature]
         self._driver = driver

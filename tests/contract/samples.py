@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from datapath.registry import KINDS
 from datapath.state.conntrack import ASSURED, INBOUND, REPLIED, STATES
 from datapath.state.fdb import STATIC
+from datapath.state.flow_export import COUNTS, FlowExportDocument
+from datapath.state.flows import NEVER
 from datapath.state.kind import Op, Record, Table, empty_columns
 
 MAC = "02:00:00:00:00:01"
@@ -169,6 +171,31 @@ def _sampling(count: int) -> Table:  # noqa: ARG001
     return Table("sampling", records=[record], port_time_ns=PORT_TIME_NS)
 
 
+def _flow_export(count: int) -> Table:
+    records = FlowExportDocument(
+        version="netflow", collectors=["192.0.2.9:2055", "[2001:db8::9]:4739"], source="192.0.2.99", active_timeout_s=30
+    ).records()
+    moving = {"sequence": 4711, "uptime_ms": 3_000_000, "template_age_ms": 20_000}
+    counts = dict(zip(COUNTS, range(3, 99), strict=False))
+    records = [{**record, **moving, **counts} for record in records[:count]]
+    return Table("flow_export", records=records, port_time_ns=PORT_TIME_NS)
+
+
+def _flows(count: int) -> Table:
+    """Connections that have ended and are not all reported."""
+    columns, known = empty_columns(KINDS["flows"], count), _conntrack(count).columns or {}
+    for name in columns.keys() & known.keys():
+        columns[name] = known[name]
+    columns["ended"] = (np.arange(count) % 5 + 1).astype("u1")
+    columns["lifetime_ns"] = columns["age_ns"] + np.uint64(60_000_000_000)
+    columns["unreported_ns"] = np.where(np.arange(count) % 2, np.uint64(NEVER), columns["age_ns"])
+    columns["tcp_flags_from"][::2], columns["tcp_flags_to"][::3] = 0x1B, 0x12
+    for what in ("packets", "bytes"):
+        for side in ("from", "to"):
+            columns[f"reported_{what}_{side}"] = columns[f"{what}_{side}"] // np.uint64(3)
+    return Table("flows", columns=columns, port_time_ns=PORT_TIME_NS)
+
+
 def _random(seed: int, low: int, high: int, count: int) -> NDArray[np.uint64]:
     """Random numbers whose first ones are the same for every count."""
     return np.random.default_rng(seed).integers(low, high, count, dtype=np.uint64)
@@ -190,6 +217,8 @@ SAMPLES: dict[str, Callable[[int], Table]] = {
     "mirror": _mirror,
     "remap": _remap,
     "sampling": _sampling,
+    "flow_export": _flow_export,
+    "flows": _flows,
 }
 
 

@@ -25,6 +25,8 @@ COUNTS = {
     "mirror": 8,
     "remap": 30,
     "sampling": 1,
+    "flow_export": 1,
+    "flows": 500,
 }
 LIVE = [name for name, kind in KINDS.items() if kind.nature & Nature.LIVE]
 COLUMNS = [name for name, kind in KINDS.items() if kind.columns]

@@ -368,7 +368,8 @@ class DummyDriver(Driver):
             for name, table in port.tables.items():
                 if table.kind.document is not None and isinstance(table, RecordTable) and len(table):
                     configured.setdefault(name, []).extend(table.configured())
-        kinds = {n: v for n, v in self.kinds().items() if KINDS[n].document is None or n in configured}
+        owners = {name: KINDS[name].part_of or name for name in self.kinds()}
+        kinds = {n: v for n, v in self.kinds().items() if KINDS[owners[n]].document is None or owners[n] in configured}
         return Need(
             kinds=kinds,
             configured=configured,

@@ -15,24 +15,44 @@ def family_of(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
 
 
-def unreachable(address: str, port: int) -> str:
+def unreachable(address: str, port: int, source: str = "") -> str:
     """Why this host cannot send to a collector (it has no route, no such family), "" if it can. Sends nothing."""
     try:
-        with socket.socket(family_of(address), socket.SOCK_DGRAM) as one:
+        with _opened(family_of(address), source) as one:
             one.connect((address, port))
     except OSError as error:
         return str(error.strerror)
     return ""
 
 
-class Collectors:
-    """One socket a family, in the network namespace of whoever makes this. Waits for nobody."""
+def _opened(family: socket.AddressFamily, source: str) -> socket.socket:
+    """`source`: address that datagrams of its family come from, which need not be this host's; "" any."""
+    made = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    try:
+        if source and family_of(source) is family:
+            made.setsockopt(*_TRANSPARENT[family], 1)
+            made.bind((source, 0))
+    except OSError:
+        made.close()
+        raise
+    return made
 
-    def __init__(self) -> None:
+
+_TRANSPARENT = {socket.AF_INET: (socket.IPPROTO_IP, 19), socket.AF_INET6: (socket.IPPROTO_IPV6, 75)}
+"""IP_TRANSPARENT, IPV6_TRANSPARENT (linux/in.h, linux/in6.h), which the socket module does not know."""
+
+
+class Collectors:
+    """One socket a family, in the network namespace of whoever makes this. Waits for nobody.
+
+    `source`: address that datagrams come from on every host, "" this host's own.
+    """
+
+    def __init__(self, source: str = "") -> None:
         self._sockets: dict[socket.AddressFamily, socket.socket] = {}
         for family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):  # a host without the family reaches nobody by it
-                self._sockets[family] = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+                self._sockets[family] = _opened(family, source)
 
     def close(self) -> None:
         for one in self._sockets.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datapath.drivers.ebpf.flow_export import FlowExport
 from datapath.drivers.ebpf.kindtable import KindTable
 from datapath.drivers.ebpf.mirroring import MirrorTable
 from datapath.drivers.ebpf.remap import RemapTable
@@ -12,6 +13,7 @@ TABLES: tuple[type[KindTable], ...] = (
     MirrorTable,
     RemapTable,
     SamplingTable,
+    FlowExport,
 )
 
 CONFIGURED: tuple[Kind, ...] = tuple(table.kind for table in TABLES)

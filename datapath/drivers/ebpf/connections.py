@@ -14,6 +14,7 @@ from datapath.drivers.ebpf import conntrack
 from datapath.drivers.ebpf.conntrack import Entries, Keys
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.kernel import Kernel
+from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.maps import Batch
 from datapath.drivers.ebpf.words import Words
 from datapath.provider import Loaded
@@ -56,12 +57,29 @@ class Connections:
         columns = checked_columns(CONNTRACK, table)
         keys = conntrack.keys(columns)
         if table.op is Op.DELETE:
+            self._end(instance, keys)
             instance.table.delete_many(keys)
             return Loaded(len(keys))
         conntrack.check_values(columns)
+        self._end(instance, keys, columns["id"])
         clock = self._load_clock(instance, table)
         done = instance.table.load(keys, conntrack.entries(columns, clock))
         return Loaded(done.done, _reasons(done))
+
+    def _end(self, instance: Instance, keys: Keys, ids: NDArray[np.uint64] | None = None) -> None:
+        """Connections that are to go, or to make place for others with `ids`: if their flows are exported, their last
+        counts are kept."""
+        features = int(self._kernel.ports.view["features"][instance.slot])
+        if not features & C.FEATURE_EXPORT or not self._words.running(instance.slot):
+            return
+        for at in range(0, len(keys), self._room):
+            chunk = keys[at : at + self._room]
+            if ids is not None:
+                found, entries = self._read(instance.slot, chunk)
+                chunk = chunk[found & (entries["id"] != ids[at : at + self._room])]
+            with self._kernel.exchange_lock:
+                self._kernel.exchange.view["key"][: len(chunk)] = chunk
+                self._kernel.run("ct_end", self._kernel.context("ct_batch", slot=instance.slot, count=len(chunk)))
 
     def _load_clock(self, instance: Instance, table: Table) -> int:
         """Clock that the table's ages count back from: its own for a port that stands, now for one that runs."""

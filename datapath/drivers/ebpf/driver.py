@@ -16,7 +16,7 @@ from datapath.drivers.ebpf.networks import require_empty
 from datapath.drivers.ebpf.options import Options
 from datapath.drivers.ebpf.remains import remains
 from datapath.drivers.ebpf.running import Running
-from datapath.drivers.ebpf.tables import VERSIONS, Tables
+from datapath.drivers.ebpf.tables import KINDS, VERSIONS, Tables
 from datapath.drivers.ebpf.taps import GuestTap
 from datapath.errors import FeatureMissing, NotReady
 from datapath.provider import Driver, Event, Loaded, Need, Network, Place, PortRef, PortStatus, Pumped
@@ -214,6 +214,8 @@ class EbpfDriver(Driver):
             if instance is None:
                 return
             instance.forget_guest()
+            if parts.words.running(instance.slot):
+                parts.kinds.ended(instance)
             if keep_redirect:
                 parts.staging.shrink(instance)
             else:
@@ -290,7 +292,7 @@ class EbpfDriver(Driver):
             for name, records in kinds.used(entry).items():
                 configured.setdefault(name, []).extend(records)
         return Need(
-            kinds={name: number for name, number in VERSIONS.items() if name not in kinds or name in configured},
+            kinds={name: number for name, number in VERSIONS.items() if _is_asked(name, configured)},
             configured=configured,
             records=[dict(entry.record) for entry in entries],
             rules_max=max((len(entry.rules) for entry in entries), default=0),
@@ -299,3 +301,9 @@ class EbpfDriver(Driver):
 
     def remains(self) -> Mapping[str, Sequence[str]]:
         return remains(self._parts())
+
+
+def _is_asked(name: str, configured: Mapping[str, Sequence[Record]]) -> bool:
+    """Do ports with these configured kinds ask the kind of a destination?"""
+    owner = KINDS[name].part_of or name
+    return KINDS[owner].document is None or owner in configured

@@ -81,6 +81,9 @@ class KindTable(abc.ABC):
     def unplaced(self, network: str, mac: str) -> None:  # noqa: B027
         """The end of `placed`."""
 
+    def ended(self, instance: Instance) -> None:  # noqa: B027
+        """The active port is about to go, and its guest runs nowhere else: the last moment to say something of it."""
+
     def start(self) -> None:  # noqa: B027
         """Threads and sockets. Ports of an earlier run have been applied by then."""
 
@@ -134,6 +137,15 @@ class KindTables:
     def unplaced(self, network: str, mac: str) -> None:
         for table in self._tables.values():
             table.unplaced(network, mac)
+
+    def ended(self, instance: Instance) -> None:
+        for table, records in self._of(instance):
+            if records:
+                table.ended(instance)
+
+    def part(self, name: str) -> KindTable:
+        """The table of a kind."""
+        return self._tables[name]
 
     def clear(self, slot: int) -> None:
         for table in self._tables.values():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from datapath.drivers.ebpf.acl import validate
 from datapath.drivers.ebpf.configured import CONFIGURED
+from datapath.drivers.ebpf.flow_export import FlowExport
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.noting import note_connections, note_l2
@@ -16,13 +17,15 @@ from datapath.state.acl import ACL
 from datapath.state.check import checked_records
 from datapath.state.conntrack import CONNTRACK
 from datapath.state.fdb import FDB
+from datapath.state.flow_export import FLOW_EXPORT
+from datapath.state.flows import FLOWS
 from datapath.state.kind import Kind, Op, Record, Table
 from datapath.state.port import PORT
 
 if TYPE_CHECKING:
     from datapath.drivers.ebpf.running import Running
 
-OWN = (PORT, ACL, FDB, CONNTRACK)
+OWN = (PORT, ACL, FDB, CONNTRACK, FLOWS)
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (*OWN, *CONFIGURED)}
 VERSIONS: Mapping[str, int] = {name: kind.version for name, kind in KINDS.items()}
 
@@ -39,7 +42,11 @@ class Tables:
             ACL.name: self._load_acl,
             FDB.name: self._load_fdb,
             CONNTRACK.name: self._load_conntrack,
+            FLOWS.name: self._load_flows,
         }
+        flows = parts.kinds.part(FLOW_EXPORT.name)
+        assert isinstance(flows, FlowExport)
+        self._flows = flows
 
     # ---- dump ----
 
@@ -53,6 +60,8 @@ class Tables:
         if kind in self._kinds:
             table = self._kinds.dump(instance, kind)
             return iter([table] if len(table) else [])
+        if kind == FLOWS.name:
+            return self._flows.flows(instance)
         if kind == FDB.name:
             return iter([self._fdb.dump(instance, opened=self._opened(instance))])
         return self._connections.dump(instance)
@@ -93,10 +102,14 @@ class Tables:
             return done
         loaded, ended = self._connections.account(instance, table)
         if ended:
+            self._flows.late(instance, ended)
             known = instance.entry.carried.get("ended", {})
             amounts = {str(number): list(amount) for number, amount in ended.items()}
             self._carry(instance, "ended", {**known, **amounts})
         return loaded
+
+    def _load_flows(self, instance: Instance, table: Table) -> Loaded:
+        return self._flows.load_flows(instance, table)
 
     def _load_fdb(self, instance: Instance, table: Table) -> Loaded:
         opened = self._opened(instance)
@@ -157,6 +170,7 @@ class Tables:
         """What was counted, here and before: tables of op account."""
         self._check(instance, CONNTRACK.name)
         yield from self._connections.counted(instance)
+        yield from self._flows.flows(instance, Op.ACCOUNT)
         yield Table(ACL.name, Op.ACCOUNT, records=self._counters.hit_records(instance))
         yield from self._kinds.settle(instance)
         counters = self._counters.total(instance)

@@ -1,0 +1,229 @@
+"""Tables of a port that exports flows: connections that have ended, and what was reported of which (lib/flow.h)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datapath.drivers.ebpf import conntrack, layout
+from datapath.drivers.ebpf.connections import Ended
+from datapath.drivers.ebpf.evolve import by_name
+from datapath.drivers.ebpf.kernel import Kernel
+from datapath.drivers.ebpf.layout import C
+from datapath.drivers.ebpf.maps import Batch, Records, Table
+from datapath.export.remainder import CONNECTION
+
+REPORTS_PER_CONNECTION = 2
+"""Ended connections keep what was reported of them until they are told."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both tables of one port."""
+
+    ends: Table
+    reports: Table
+
+    def close(self) -> None:
+        self.ends.close()
+        self.reports.close()
+
+
+class FlowTables:
+    """By slot. Whoever calls sees to it that one port has one caller."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._pairs: dict[int, Pair] = {}
+
+    def close(self) -> None:
+        while self._pairs:
+            self._pairs.popitem()[1].close()
+
+    # ---- life ----
+
+    def make(self, slot: int, connections_max: int) -> None:
+        """Both are there from now on; those that are, stay. Waits for RCU."""
+        room = REPORTS_PER_CONNECTION * connections_max
+        for outer in (self._kernel.flow_ends, self._kernel.flow_reports):
+            if outer.get(slot) is None:
+                with outer.new(room) as fresh:
+                    outer.put(slot, fresh)
+
+    def remove(self, slot: int) -> None:
+        found = self._pairs.pop(slot, None)
+        if found is not None:
+            found.close()
+        for outer in (self._kernel.flow_ends, self._kernel.flow_reports):
+            if outer.get(slot) is not None:  # else nobody has to wait for RCU
+                outer.remove(slot)
+        self._kernel.flow_exporters.set(slot, np.zeros((), layout.FLOW_EXPORTER))
+        self._kernel.flow_lost.set(slot, np.zeros((), layout.FLOW_LOST))
+
+    def of(self, slot: int) -> Pair | None:
+        """None: the port exports no flows."""
+        if slot not in self._pairs:
+            ends, reports = self._kernel.flow_ends.inner(slot), self._kernel.flow_reports.inner(slot)
+            if ends is None or reports is None:
+                return None
+            self._pairs[slot] = Pair(ends, reports)
+        return self._pairs[slot]
+
+    # ---- connections ----
+
+    def connections(self, slot: int) -> Records:
+        """All that are there or have ended, as CONNECTION. What nobody knows any more is forgotten.
+
+        The table is read before those that ended: what ends meanwhile is in both, and the latter is the last word.
+        """
+        pair, table = self.of(slot), self._kernel.conntracks.inner(slot)
+        if pair is None or table is None:
+            return np.zeros(0, CONNECTION)
+        with table:
+            keys, entries = table.read()
+        end_keys, end_entries = pair.ends.read()
+        lives = _lives(keys, entries) & ~np.isin(entries["id"], end_keys["id"])
+        found = np.concatenate([_of(keys[lives], entries[lives]), _of(end_keys["key"], end_entries, end_keys)])
+        self._join(pair.reports, found)
+        return found
+
+    def _join(self, reports: Table, found: Records) -> None:
+        """What is reported of each. Of one that came from another host without word of it, all that was counted there
+        is taken as reported: what is not known is not told twice."""
+        ids, values = reports.read()
+        stale = ~np.isin(ids, found["id"])
+        if stale.any():
+            reports.delete_many(ids[stale])
+            ids, values = ids[~stale], values[~stale]
+        order = np.argsort(ids)
+        ids, values = ids[order], values[order]
+        at = np.searchsorted(ids, found["id"])
+        known = np.zeros(len(found), bool)
+        known[at < len(ids)] = ids[at[at < len(ids)]] == found["id"][at < len(ids)]
+        mine = values[at[known]]
+        for name in ("packets", "bytes"):
+            reported = found[f"reported_{name}"]
+            reported[known] = mine[name]
+        found["until"][known] = mine["until"]
+        began = found["began"]
+        earlier = known.copy()
+        earlier[known] = mine["began"] > 0
+        began[earlier] = mine["began"][mine["began"] > 0]
+        found["tcp_flags"][known] |= _sides(mine["tcp_flags"])
+
+    def report(self, slot: int, connections: Records) -> None:
+        """Remember what is reported of these: of those that live; the others are forgotten."""
+        pair = self.of(slot)
+        if pair is None:
+            return
+        over = connections["ended"] != 0
+        pair.reports.load(connections["id"][~over], reports_of(connections[~over]))
+        if over.any():
+            pair.ends.delete_many(ends_of(connections[over]))
+            pair.reports.delete_many(connections["id"][over])
+
+    def load(self, slot: int, connections: Records) -> Batch:
+        """Connections that another host told of: what is reported of each, and those that have ended."""
+        pair = self.of(slot)
+        if pair is None:
+            return Batch(0)
+        pair.reports.load(connections["id"], reports_of(connections))
+        over = connections[connections["ended"] != 0]
+        done = pair.ends.load(ends_of(over), _entries(over))
+        return Batch(len(connections) - len(done.refused), done.refused)
+
+    def forget(self, slot: int, ids: NDArray[np.uint64]) -> None:
+        pair = self.of(slot)
+        if pair is not None:
+            keys = pair.ends.keys()
+            pair.ends.delete_many(keys[np.isin(keys["id"], ids)])
+            pair.reports.delete_many(ids)
+
+    def late(self, slot: int, ended: Ended) -> None:
+        """What hosts before had counted of connections that ended here before it was known."""
+        pair = self.of(slot)
+        if pair is None or not ended:
+            return
+        keys, entries = pair.ends.read()
+        which = np.isin(keys["id"], np.fromiter(ended, np.uint64, len(ended)))
+        keys, entries = keys[which], entries[which]
+        for entry, number in zip(entries, keys["id"].tolist(), strict=True):
+            entry["carried_packets"], entry["carried_bytes"] = ended[number][:2], ended[number][2:]
+        pair.ends.load(keys, entries)
+
+    def room(self, slot: int) -> float:
+        """Which part of the table of the ended is free."""
+        pair = self.of(slot)
+        return 1.0 if pair is None else 1 - len(pair.ends.keys()) / pair.ends.entries
+
+
+def _lives(keys: Records, entries: Records) -> NDArray[np.bool_]:
+    """Connections that were not being taken away, or renewed, while they were read."""
+    whole = entries["word"] >> np.uint64(32) == entries["id"] & np.uint64(0xFFFFFFFF)
+    dead = (conntrack.flags(entries) & C.CT_F_DEAD) != 0
+    found: NDArray[np.bool_] = whole & ~dead & (keys["type"] == C.CT_TYPE_CONNECTION)
+    return found
+
+
+def _of(keys: Records, entries: Records, ends: Records | None = None) -> Records:
+    made = np.zeros(len(entries), CONNECTION)
+    portable = conntrack.key_columns(keys)
+    for name in ("laddr", "raddr", "lport", "rport", "proto"):
+        made[name] = portable[name]
+    for name in ("id", "began", "seen"):
+        made[name] = entries[name]
+    made["state"] = conntrack.states(entries)
+    made["tcp_flags"] = _sides(entries["tcp_flags"])
+    for name in ("packets", "bytes"):
+        made[name] = entries[name] + entries[f"carried_{name}"]
+        made[f"reported_{name}"] = entries[f"carried_{name}"]
+    if ends is not None:
+        made["ended"] = ends["reason"]
+    return made
+
+
+def _sides(flags: Records) -> Records:
+    return np.stack([flags & 0xFF, flags >> 8 & 0xFF], axis=-1).astype(np.uint8)
+
+
+def _joined(sides: Records) -> Records:
+    found: Records = sides[:, 0].astype(np.uint32) | sides[:, 1].astype(np.uint32) << np.uint32(8)
+    return found
+
+
+def reports_of(connections: Records) -> Records:
+    """struct flow_report of each."""
+    made = np.zeros(len(connections), layout.FLOW_REPORT)
+    made["until"], made["began"] = connections["until"], connections["began"]
+    made["packets"], made["bytes"] = connections["reported_packets"], connections["reported_bytes"]
+    made["tcp_flags"] = _joined(connections["tcp_flags"])
+    return made
+
+
+def ends_of(connections: Records) -> Records:
+    """struct flow_end of each, which are all over."""
+    made = np.zeros(len(connections), layout.FLOW_END)
+    made["id"], made["reason"] = connections["id"], connections["ended"]
+    given = {name: connections[name] for name in ("laddr", "raddr", "lport", "rport", "proto")}
+    zero = np.zeros(len(connections), np.uint8)
+    made["key"] = conntrack.keys({**given, "type": zero, "from": zero})
+    return made
+
+
+def _entries(connections: Records) -> Records:
+    made = np.zeros(len(connections), layout.CT_ENTRY)
+    made["word"] = connections["id"] << np.uint64(32) | np.uint64(C.CT_F_DEAD << 8) | connections["state"]
+    for name in ("id", "began", "seen"):
+        made[name] = connections[name]
+    made["tcp_flags"] = _joined(connections["tcp_flags"])
+    made["carried_packets"], made["carried_bytes"] = connections["packets"], connections["bytes"]
+    return made
+
+
+def began_before(keys: Records, entries: Records) -> Records:
+    """Connections of a generation of maps that is left, with everything that this host counted not yet reported."""
+    entries = by_name(entries, layout.CT_ENTRY)
+    keys = by_name(keys, layout.CT_KEY)
+    return _of(keys, entries)
