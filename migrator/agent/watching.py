@@ -8,6 +8,7 @@ A look goes through the VM's lane, and keeps out of the way of a switchover.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
@@ -115,22 +116,29 @@ class Watching:
     # ---- looking ----
 
     async def _run(self) -> None:
+        """As long as somebody watches; then nothing is kept."""
         while self._watchers:
-            self._wake.clear()
-            began = time.monotonic()
-            try:
-                await self._turn()
-            except Error as error:
-                self._log.info("not looked at this time", error=str(error))
-            pause = min((watcher.interval_s for watcher in self._watchers), default=0.0)
-            pause = max(pause, _pause(time.monotonic() - began))
-            try:
-                async with asyncio.timeout(pause):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
-        await asyncio.gather(*(vm.look for vm in self._vms.values() if vm.look), return_exceptions=True)
+            while self._watchers:
+                await self._rest(await self._timed_turn())
+            await asyncio.gather(*(vm.look for vm in self._vms.values() if vm.look), return_exceptions=True)
         self._vms.clear()
+
+    async def _timed_turn(self) -> float:
+        self._wake.clear()
+        began = time.monotonic()
+        try:
+            await self._turn()
+        except Error as error:
+            self._log.info("not looked at this time", error=str(error))
+        except Exception:
+            self._log.exception("broken")
+        return time.monotonic() - began
+
+    async def _rest(self, took: float) -> None:
+        pause = min((watcher.interval_s for watcher in self._watchers), default=0.0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(pause, _pause(took))):
+                await self._wake.wait()
 
     async def _turn(self) -> None:
         statuses = await asyncio.to_thread(self._driver.ports)

@@ -103,11 +103,12 @@ class Follower:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _again(
-        self, whom: str, stream: Callable[[], AsyncIterator[Any]], *, patient: bool = False
+        self, whom: str, stream: Callable[[], AsyncIterator[Any]], *, host: str | None = None
     ) -> AsyncIterator[Any]:
         """A stream that is made again when it breaks. Raises when it is refused, or cannot be made at first.
 
-        `patient`: also the first is tried again.
+        `host`: it is of an agent, so that changes may have been missed; one of several ("" the only one) may be
+        away at first.
         """
         tried, began = 0, False
         while True:
@@ -115,11 +116,11 @@ class Follower:
                 async for item in stream():
                     if tried:
                         self.warn(f"{whom} answers")
-                        await self._say([Change("lost", "", host=whom)] if began and patient else [])
+                        await self._say([Change("lost", "", host=host)] if began and host is not None else [])
                     tried, began = 0, True
                     yield item
             except (MigrationError, AccessError) as error:
-                if not began and (not patient or isinstance(error, AccessError)):
+                if not began and (not host or isinstance(error, AccessError)):
                     raise
                 if tried == 0:
                     self.warn(f"{error}; trying again")
@@ -182,7 +183,7 @@ class Follower:
         request.CopyFrom(self.wanted.request)
         request.vms.extend(sorted(vms))
         try:
-            async for update in self._again(host, lambda: self._updates(host, peer, request), patient=True):
+            async for update in self._again(host, lambda: self._updates(host, peer, request), host=host):
                 await self._update(host, update)
         except Error as error:
             await asyncio.to_thread(self.give, error)
@@ -190,7 +191,7 @@ class Follower:
     async def _one_agent(self) -> None:
         self._known = True
         agent = f"unix:{self.ways.socket}"
-        async for update in self._again("the agent", lambda: self._updates("", agent, self.wanted.request)):
+        async for update in self._again("the agent", lambda: self._updates("", agent, self.wanted.request), host=""):
             await self._update("", update)
 
     async def _updates(self, host: str, address: str, request: pb.StateRequest) -> AsyncIterator[pb.StateUpdate]:

@@ -248,20 +248,24 @@ class Cluster(Lab):
 
     def cli(self, *arguments: str, host: str = "", timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
         """The operator's command, as a person at the control namespace (or on a host) runs it."""
+        command, environment = self._cli(arguments, host)
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment)
+
+    def cli_process(self, *arguments: str, output: Path, host: str = "") -> subprocess.Popen[bytes]:
+        """The same for a command that goes on: it writes to `output` and `output`.err, and is the caller's to end."""
+        command, environment = self._cli(arguments, host)
+        with output.open("wb") as out, output.with_name(output.name + ".err").open("wb") as err:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
+
+    def _cli(self, arguments: Sequence[str], host: str) -> tuple[list[str], dict[str, str]]:
         environment = {
             **os.environ,
             "MIGRATOR_COORDINATOR": f"{self.underlay('control')}:{COORDINATOR_PORT}",
             **({"MIGRATOR_TLS": str(self.certificates("operator"))} if self.tls else {}),
             "MIGRATOR_AGENT": str(self.directory / (host or self.host_names[0]) / "agent.sock"),
         }
-        return subprocess.run(
-            netns.inside(self.name(host or "control"), [sys.executable, "-m", "migrator.cli.main", *arguments]),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-            env=environment,
-        )
+        command = [sys.executable, "-m", "migrator.cli.main", *arguments]
+        return netns.inside(self.name(host or "control"), command), environment
 
     def restart(self, daemon: Daemon) -> None:
         """Start a daemon that was killed, and wait until all agents are attached again."""

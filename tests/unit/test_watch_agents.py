@@ -203,6 +203,29 @@ def test_one_agent_by_itself_says_who_leaves(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_a_switchover_is_left_alone(tmp_path: Path) -> None:
+    """While the guest is stopped, nobody looks at its ports: not where it was, not where it goes."""
+
+    async def test(w: World) -> None:
+        w.fill("a", 10)
+        async with following(w) as heard:
+            looks: list[bool] = []
+            for host in ("a", "b"):
+                driver = w.driver(host)
+                dump = driver.dump
+                driver.dump = lambda ref, kind, dump=dump: (  # type: ignore[method-assign,misc]
+                    looks.append(w.hypervisor.running),
+                    dump(ref, kind),
+                )[1]
+            w.hypervisor.downtime_s = 10 * QUICK
+            assert (await w.finish(await w.migrate("b"))).outcome == "complete"
+            await eventually(lambda: heard.ops("port")["arrived"] == 4)
+            assert looks and all(looks)
+            assert heard.left_over() == truth(w, "b")
+
+    run(tmp_path, test)
+
+
 # ---- the stream itself ----
 
 

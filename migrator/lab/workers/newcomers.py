@@ -4,7 +4,7 @@
 begin {address, port, per_s}     connections from now on: SYN, a few bytes, the same bytes back, closed
 status                           how many were begun, have succeeded and have failed
 finish {limit_s}                 no more; when all have ended: how many were begun, [number, reason] of those that
-                                 failed, seconds that the slowest took
+                                 failed, seconds that the slowest took, the local port of each
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Crowd:
     done: int = 0
     slowest_s: float = 0.0
     failed: list[tuple[int, str]] = field(default_factory=list)
+    ports: list[int] = field(default_factory=list)
     open: dict[int, Newcomer] = field(default_factory=dict)  # descriptor -> connection
     coming: bool = True
 
@@ -85,7 +86,13 @@ class Newcomers:
             self._end(newcomer, newcomer.step)
         crowd = self.crowd
         return self.orders[0].answer(
-            {"begun": crowd.begun, "done": crowd.done, "failed": crowd.failed, "slowest_s": crowd.slowest_s}
+            {
+                "begun": crowd.begun,
+                "done": crowd.done,
+                "failed": crowd.failed,
+                "slowest_s": crowd.slowest_s,
+                "ports": crowd.ports,
+            }
         )
 
     def _tick(self) -> None:
@@ -103,6 +110,7 @@ class Newcomers:
         crowd.begun += 1
         crowd.open[made.fileno()] = newcomer
         status = made.connect_ex((crowd.address, crowd.port))
+        crowd.ports.append(made.getsockname()[1])
         self.loop.watch(made.fileno(), lambda: self._connected(newcomer), BOTH)
         if status not in (0, errno.EINPROGRESS):
             self._end(newcomer, os.strerror(status))
