@@ -14,6 +14,7 @@ from datapath.state.flows import FLOWS
 from datapath.state.kind import Kind
 from datapath.state.mirror import MIRROR
 from datapath.state.port import PORT
+from datapath.state.qos import QOS
 from datapath.state.remap import REMAP
 from datapath.state.sampling import SAMPLING
 
@@ -24,6 +25,7 @@ _ALL = (
     CONNTRACK,
     MIRROR,
     REMAP,
+    QOS,
     SAMPLING,
     FLOW_EXPORT,
     FLOWS,

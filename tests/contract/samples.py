@@ -125,6 +125,15 @@ def _conntrack(count: int) -> Table:
     return Table("conntrack", columns=columns, port_time_ns=PORT_TIME_NS)
 
 
+def _qos(count: int) -> Table:
+    shared = {"priority": 3, "dropped_packets": 7, "dropped_bytes": 700, "debt_ns": 0}  # any other passes with time
+    ways: list[Record] = [
+        {"direction": "from", "mode": "shape", "rate_bps": 10**8, "burst_bytes": 10**6, "dscp": -1, **shared},
+        {"direction": "to", "mode": "police", "rate_bps": 10**7, "burst_bytes": 8192, "dscp": 34, **shared},
+    ]
+    return Table("qos", records=ways[:count], port_time_ns=PORT_TIME_NS)
+
+
 def _mirror(count: int) -> Table:
     records = [
         {
@@ -214,6 +223,7 @@ SAMPLES: dict[str, Callable[[int], Table]] = {
     "acl": _acl,
     "fdb": _fdb,
     "conntrack": _conntrack,
+    "qos": _qos,
     "mirror": _mirror,
     "remap": _remap,
     "sampling": _sampling,

@@ -15,7 +15,7 @@ from migrator.errors import PreflightFailed
 from tests.contract.hosts import Host, dummy_host, inside, ref
 from tests.contract.samples import MAC, normal, sample
 
-COUNTS = {"acl": 60, "remap": 12, "fdb": 20, "conntrack": 4_000}
+COUNTS = {"acl": 60, "remap": 12, "fdb": 20, "conntrack": 4_000, "qos": 2}
 
 
 def with_state(host: Host, epoch: int = 1) -> bytes:

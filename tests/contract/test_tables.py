@@ -23,6 +23,7 @@ COUNTS = {
     "fdb": 40,
     "conntrack": 5_000,
     "mirror": 8,
+    "qos": 2,
     "remap": 30,
     "sampling": 1,
     "flow_export": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datapath.drivers.ebpf.flow_export import FlowExport
 from datapath.drivers.ebpf.kindtable import KindTable
 from datapath.drivers.ebpf.mirroring import MirrorTable
+from datapath.drivers.ebpf.qos import Qos
 from datapath.drivers.ebpf.remap import RemapTable
 from datapath.drivers.ebpf.sampling import SamplingTable
 from datapath.state.kind import Kind
@@ -12,6 +13,7 @@ from datapath.state.kind import Kind
 TABLES: tuple[type[KindTable], ...] = (
     MirrorTable,
     RemapTable,
+    Qos,
     SamplingTable,
     FlowExport,
 )

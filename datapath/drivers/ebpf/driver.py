@@ -158,10 +158,15 @@ class EbpfDriver(Driver):
             parts.words.flag(instance.slot, add=C.PORT_F_NO_BROADCAST)
 
     def hold(self, ref: PortRef) -> None:
-        self._parts().switchover.hold(self._find(ref))
+        parts, instance = self._parts(), self._find(ref)
+        parts.switchover.hold(instance)
+        parts.kinds.held(instance)
 
     def idle(self, ref: PortRef) -> bool | None:
-        tap = self._guest_tap(self._find(ref))
+        instance = self._find(ref)
+        tap = self._guest_tap(instance)
+        if not self._parts().kinds.idle(instance):
+            return False
         return None if tap is None or tap.vhost else not tap.readable()
 
     def quiesce(self, ref: PortRef) -> None:

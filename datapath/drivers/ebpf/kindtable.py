@@ -84,11 +84,27 @@ class KindTable(abc.ABC):
     def ended(self, instance: Instance) -> None:  # noqa: B027
         """The active port is about to go, and its guest runs nowhere else: the last moment to say something of it."""
 
+    def plugged(self, instance: Instance) -> None:  # noqa: B027
+        """The port's device is there now, or another one is: `ifindex` of the port says which. From any thread."""
+
+    def held(self, instance: Instance) -> None:  # noqa: B027
+        """No frame comes to the guest from now on; it still runs. A rollback is told by `opened`."""
+
+    def idle(self, instance: Instance) -> bool:  # noqa: ARG002
+        """After `held`: does nothing wait any more in a queue of the kind?"""
+        return True
+
     def start(self) -> None:  # noqa: B027
         """Threads and sockets. Ports of an earlier run have been applied by then."""
 
     def stop(self) -> None:  # noqa: B027
         """The end of `start`; the switch goes on."""
+
+    def destroy(self) -> None:  # noqa: B027
+        """Take off the host what belongs to no port; all ports have been cleared. `close` follows."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of descriptors: nothing is called any more."""
 
 
 class KindTables:
@@ -110,6 +126,27 @@ class KindTables:
     def stop(self) -> None:
         for table in self._tables.values():
             table.stop()
+
+    def destroy(self) -> None:
+        for table in self._tables.values():
+            table.destroy()
+
+    def close(self) -> None:
+        for table in self._tables.values():
+            table.close()
+
+    def plugged(self, instance: Instance) -> None:
+        for table, records in self._of(instance):
+            if records:
+                table.plugged(instance)
+
+    def held(self, instance: Instance) -> None:
+        for table, records in self._of(instance):
+            if records:
+                table.held(instance)
+
+    def idle(self, instance: Instance) -> bool:
+        return all(table.idle(instance) for table, records in self._of(instance) if records)
 
     def applied(self, instance: Instance) -> None:
         """A port is made, or found again: what the ledger says of it comes into the kernel."""

@@ -11,6 +11,7 @@ from datapath.drivers.ebpf.attach import Attachments, Direction
 from datapath.drivers.ebpf.devices import Link
 from datapath.drivers.ebpf.instances import Instance, Instances
 from datapath.drivers.ebpf.kernel import Kernel
+from datapath.drivers.ebpf.kindtable import KindTables
 from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.words import Words
 from datapath.errors import KernelError
@@ -27,9 +28,10 @@ class Plugs:
         instances: Instances,
         words: Words,
         tell: Callable[[Event], None],
+        kinds: KindTables,
     ) -> None:
         self._kernel, self._attachments, self._instances, self._tell = kernel, attachments, instances, tell
-        self._words = words
+        self._words, self._kinds = words, kinds
         self._lock = threading.Lock()
 
     def plug(self, instance: Instance) -> None:
@@ -97,6 +99,8 @@ class Plugs:
             self._kernel.ports.view["ifindex"][instance.slot] = link.ifindex
         if self._arrives(instance):
             queues.widen(instance, fresh=True)
+        if before != link.ifindex:
+            self._kinds.plugged(instance)
 
     def _arrives(self, instance: Instance) -> bool:
         word = self._words.word(instance.slot)

@@ -100,7 +100,7 @@ class Running:
         kernel, options = self.kernel, self.options
         self.keeper = Keeper(options.state / "keeper.sock") if options.keeper else None
         self.holds = Holds(kernel, self.attachments, options.tap_prefix, self.keeper)
-        self.plugs = Plugs(kernel, self.attachments, self.instances, self.words, self.tell)
+        self.plugs = Plugs(kernel, self.attachments, self.instances, self.words, self.tell, self.kinds)
         self.staging = Staging(self)
         self.switchover = Switchover(kernel, self.words, self.fdb, self.places, self.hosts, self.holds, self.ledger)
         self.probe = PathProbe(self.underlay.address, options.tunnel_port, kernel.channels)
@@ -249,6 +249,7 @@ class Running:
 
     def _close(self) -> None:
         self.ledger.flush()
+        self.kinds.close()
         for instance in self.instances:
             for handle in (instance.table, instance.dirty, instance.hold_to, instance.hold_from):
                 if handle is not None:
@@ -265,6 +266,7 @@ class Running:
         self.reader.stop()
         for instance in list(self.instances):
             self.staging.purge(instance)
+        self.kinds.destroy()
         self.uplinks.detach()
         self.underlay.destroy()
         self.holds.destroy()

@@ -1,0 +1,233 @@
+"""Kind `qos` in the kernel: buckets and marks in the map `qos`, classes of HTB where a port shapes.
+
+To the guest HTB is the root of the port's own device, from the guest the host's shaper. While a VM moves, classes are
+open from the hold on: what waits leaves, to the guest or to the network, before the VM stands elsewhere. The bucket has
+been charged for it and keeps the rate.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datapath.drivers.ebpf import htb
+from datapath.drivers.ebpf.clock import ktime_ns
+from datapath.drivers.ebpf.instances import Instance
+from datapath.drivers.ebpf.kindtable import KindTable
+from datapath.drivers.ebpf.layout import C
+from datapath.drivers.ebpf.shaper import Shaper
+from datapath.errors import Error, LoadRejected
+from datapath.state.kind import Record
+from datapath.state.qos import KEEP, QOS, fault
+
+if TYPE_CHECKING:
+    from datapath.drivers.ebpf.running import Running
+
+_log = logging.getLogger(__name__)
+_DIRECTIONS: Mapping[str, int] = {"from": 0, "to": 1}
+_CLASS = 1  # of a port's own device
+_BYTE_NS = 8_000_000_000
+_FASTER = 1_000_002  # millionths: the bucket's rate by HTB's, or a queue would shrink that is never empty
+_EMPTY_S, _LOOK_AGAIN_S = 1.0, 0.0002
+
+
+class Qos(KindTable):
+    kind = QOS
+
+    def __init__(self, parts: Running) -> None:
+        super().__init__(parts)
+        self._map = parts.kernel.switch.mapped("qos")
+        self._shaper = Shaper(parts.kernel, parts.attachments, parts.options.tap_prefix)
+        self._devices: dict[int, int] = {}  # slot -> ifindex with HTB on it
+        self._open: set[int] = set()  # slots whose classes hold nothing back
+        self._lock = threading.Lock()  # of the two
+
+    # ---- configuration ----
+
+    def apply(self, instance: Instance, records: Sequence[Record], before: Sequence[Record]) -> None:  # noqa: ARG002
+        ways = {record["direction"]: record for record in records}
+        for record in records:
+            if wrong := fault(record):
+                raise LoadRejected(f"qos {record['direction']} port {instance.ref.mac}: {wrong}")
+        self._set_device(instance, ways.get("to"))
+        slot, shapes = instance.slot, _shapes(ways.get("from"))
+        shaper = self._shaper.use(slot) if shapes else 0
+        if shapes:
+            self._set_class(shaper, slot, ways["from"])
+        for name, direction in _DIRECTIONS.items():
+            self._set_way(slot * 2 + direction, ways.get(name), shaper if name == "from" else 0)
+        self._set_features(slot, ways, shapes)
+        if not shapes:
+            self._shaper.leave(slot)
+        with self._lock:
+            self._open.discard(slot)
+
+    def _set_device(self, instance: Instance, way: Record | None) -> None:
+        ifindex = int(self._parts.kernel.ports.view["ifindex"][instance.slot])
+        if not _shapes(way) or way is None:
+            self._leave_device(instance.slot)
+        elif ifindex:
+            self._shape_device(instance, ifindex, way)
+
+    def _shape_device(self, instance: Instance, ifindex: int, way: Record) -> None:
+        kind = htb.foreign(ifindex)
+        if kind:
+            raise LoadRejected(
+                f"device {instance.entry.device} of port {instance.ref.mac} has another's qdisc {kind}",
+                hint="take it off (libvirt's <bandwidth>, or tc qdisc), or police instead of shape",
+            )
+        htb.set_root(ifindex)
+        self._set_class(ifindex, _CLASS, way)
+        with self._lock:
+            self._devices = {slot: one for slot, one in self._devices.items() if one != ifindex}
+            self._devices[instance.slot] = ifindex
+
+    def _leave_device(self, slot: int) -> None:
+        with self._lock:
+            ifindex = self._devices.pop(slot, 0)
+        if ifindex:
+            htb.remove_root(ifindex)
+
+    def _set_class(self, ifindex: int, number: int, way: Record) -> None:
+        htb.set_class(ifindex, number, way["rate_bps"] // 8, way["burst_bytes"] // 2, way["priority"])
+
+    def _set_way(self, index: int, way: Record | None, shaper: int) -> None:
+        """Field by field: `due` and what was dropped stay."""
+        element = self._map.view[index : index + 1]
+        if way is None:
+            element[:] = np.zeros(1, self._map.value)
+            return
+        limited, marked = way["mode"] != "none", way["dscp"] != KEEP
+        byte_ns = _BYTE_NS / way["rate_bps"] if limited else 0.0
+        element["interval"] = int(byte_ns * (1 << C.QOS_SHIFT) / _FASTER * 1_000_000)
+        element["burst"] = int(byte_ns * way["burst_bytes"])
+        element["dscp"] = way["dscp"] if marked else 0
+        element["priority"] = way["priority"]
+        element["shaper"] = shaper
+        flags = (C.QOS_F_LIMIT if limited else 0) | (C.QOS_F_MARK if marked else 0)
+        element["flags"] = flags | (C.QOS_F_SHAPE if way["mode"] == "shape" else 0)
+
+    def _set_features(self, slot: int, ways: Mapping[str, Record], shapes: bool) -> None:
+        wanted = C.FEATURE_POLICE_FROM if "from" in ways else 0
+        wanted |= C.FEATURE_POLICE_TO if "to" in ways else 0
+        wanted |= C.FEATURE_SHAPE if shapes else 0
+        features = self._parts.kernel.ports.view["features"]
+        known = C.FEATURE_POLICE_FROM | C.FEATURE_POLICE_TO | C.FEATURE_SHAPE
+        features[slot] = int(features[slot]) & ~known | wanted
+
+    def clear(self, slot: int) -> None:
+        self._set_features(slot, {}, False)
+        self._map.view[slot * 2 : slot * 2 + 2] = np.zeros(2, self._map.value)
+        self._leave_device(slot)
+        self._shaper.leave(slot)
+        with self._lock:
+            self._open.discard(slot)
+
+    def plugged(self, instance: Instance) -> None:
+        ifindex = int(self._parts.kernel.ports.view["ifindex"][instance.slot])
+        for way in _records(instance):
+            if way["direction"] == "to" and _shapes(way) and ifindex:
+                self._shape_device(instance, ifindex, way)
+
+    def obstacles(self, records: Sequence[Record]) -> list[str]:
+        found = [f"Port's qos: {wrong}." for record in records if (wrong := fault(record))]
+        if any(_shapes(record) for record in records):
+            try:
+                self._shaper.check()
+            except Error as error:
+                found.append(f"This host cannot shape: {error}.")
+        return found
+
+    # ---- what is live and counted ----
+
+    def dump(self, instance: Instance, records: Sequence[Record]) -> list[Record]:
+        now = ktime_ns()
+        return [
+            {**record, **self._level(instance, record, now), **self._dropped(instance, record)} for record in records
+        ]
+
+    def _level(self, instance: Instance, record: Record, now: int) -> Record:
+        return {"debt_ns": max(0, int(self._element(instance, record)["due"]) - now)}
+
+    def _dropped(self, instance: Instance, record: Record) -> Record:
+        element, carried = self._element(instance, record), instance.entry.carried.get(QOS.name, {})
+        before = carried.get(record["direction"], [0, 0])
+        counted = (int(element["dropped_packets"]), int(element["dropped_bytes"]))
+        return dict(zip(QOS.accounting, (one + here for one, here in zip(before, counted, strict=True)), strict=True))
+
+    def _element(self, instance: Instance, record: Record) -> Any:
+        return self._map.view[instance.slot * 2 + _DIRECTIONS[record["direction"]]]
+
+    def restore(self, instance: Instance, records: Sequence[Record]) -> None:
+        for record in records:
+            self._element(instance, record)["due"] = ktime_ns() + record["debt_ns"]
+
+    def account(self, instance: Instance, records: Sequence[Record]) -> None:
+        known = instance.entry.carried.get(QOS.name, {})
+        given = {one["direction"]: [one.get(name, 0) for name in QOS.accounting] for one in records}
+        if {**known, **given} != known:
+            instance.entry = instance.entry.with_carried(QOS.name, {**known, **given})
+            self._parts.ledger.save_carried(instance.entry)
+
+    def counted(self, instance: Instance, records: Sequence[Record]) -> list[Record]:
+        return [{"direction": one["direction"], **self._dropped(instance, one)} for one in records]
+
+    # ---- a move ----
+
+    def held(self, instance: Instance) -> None:
+        for ifindex, number, way in self._classes(instance):
+            open_way = {**way, "rate_bps": htb.OPEN_BYTES_S * 8}
+            self._set_class(ifindex, number, open_way)
+        with self._lock:
+            self._open.add(instance.slot)
+
+    def idle(self, instance: Instance) -> bool:
+        return not self._waiting(instance)
+
+    def _waiting(self, instance: Instance) -> int:
+        return sum(htb.waiting(ifindex, number) for ifindex, number, _ in self._classes(instance))
+
+    def quiesced(self, instance: Instance) -> None:
+        """The queues of a port that was held are open since; now they are empty, or their last frame still pays."""
+        deadline = time.monotonic() + _EMPTY_S
+        while left := self._waiting(instance):
+            if time.monotonic() > deadline:
+                _log.warning("port %s: %d frames did not leave its shaper in time", instance.ref.mac, left)
+                return
+            time.sleep(_LOOK_AGAIN_S)
+
+    def opened(self, instance: Instance) -> None:
+        with self._lock:
+            was_open = instance.slot in self._open
+            self._open.discard(instance.slot)
+        if was_open:
+            for ifindex, number, way in self._classes(instance):
+                self._set_class(ifindex, number, way)
+
+    def _classes(self, instance: Instance) -> list[tuple[int, int, Record]]:
+        """(device, class, record) of each direction that shapes here now."""
+        places = {"from": (self._shaper.ifindex, instance.slot), "to": (self._devices.get(instance.slot, 0), _CLASS)}
+        return [
+            (*places[way["direction"]], way)
+            for way in _records(instance)
+            if _shapes(way) and places[way["direction"]][0]
+        ]
+
+    def destroy(self) -> None:
+        self._shaper.remove()
+
+    def close(self) -> None:
+        self._map.close()
+
+
+def _records(instance: Instance) -> Sequence[Record]:
+    return instance.entry.kinds.get(QOS.name, ())
+
+
+def _shapes(way: Record | None) -> bool:
+    return way is not None and way["mode"] == "shape"
