@@ -13,8 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from datapath.drivers.ebpf import flow_columns
 from datapath.drivers.ebpf.clock import barrier
 from datapath.drivers.ebpf.collectors import unreachable
@@ -94,9 +92,7 @@ class FlowExport(KindTable):
                 self._exporters[slot] = made
 
     def _feature(self, slot: int, *, on: bool) -> None:
-        features = self._parts.kernel.ports.view["features"]
-        bit = np.uint32(C.FEATURE_EXPORT)
-        features[slot] = features[slot] | bit if on else features[slot] & ~bit
+        self._parts.words.feature(slot, add=C.FEATURE_EXPORT if on else 0, drop=C.FEATURE_EXPORT)
 
     def clear(self, slot: int) -> None:
         with self._busy[slot]:

@@ -66,7 +66,7 @@ class MirrorTable(KindTable):
     def __init__(self, parts: Running) -> None:
         super().__init__(parts)
         kernel = parts.kernel
-        self._mirrors, self._counts, self._ports = kernel.mirrors, kernel.mirror_counts, kernel.ports
+        self._mirrors, self._counts = kernel.mirrors, kernel.mirror_counts
         self._outputs = Outputs(parts)
         self._names = CopyNames(kernel.mirror_ports, parts.instances)
         self._cutter = Cutter(kernel, parts.attachments, f"{parts.options.tap_prefix}c")
@@ -138,10 +138,7 @@ class MirrorTable(KindTable):
             self._mirrors.set(key, entry)
 
     def _enable(self, slot: int, on: bool) -> None:
-        features = self._ports.view["features"]
-        bit = np.uint32(C.FEATURE_MIRROR)
-        if bool(features[slot] & bit) != on:  # else nothing is written: other kinds write it too
-            features[slot] ^= bit
+        self._parts.words.feature(slot, add=C.FEATURE_MIRROR if on else 0, drop=C.FEATURE_MIRROR)
 
     def clear(self, slot: int) -> None:
         with self._lock:

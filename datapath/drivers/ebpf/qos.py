@@ -116,9 +116,8 @@ class Qos(KindTable):
         wanted = C.FEATURE_POLICE_FROM if "from" in ways else 0
         wanted |= C.FEATURE_POLICE_TO if "to" in ways else 0
         wanted |= C.FEATURE_SHAPE if shapes else 0
-        features = self._parts.kernel.ports.view["features"]
         known = C.FEATURE_POLICE_FROM | C.FEATURE_POLICE_TO | C.FEATURE_SHAPE
-        features[slot] = int(features[slot]) & ~known | wanted
+        self._parts.words.feature(slot, add=wanted, drop=known)
 
     def clear(self, slot: int) -> None:
         self._set_features(slot, {}, False)

@@ -49,9 +49,8 @@ class SamplingTable(KindTable):
 
     def __init__(self, parts: Running) -> None:
         super().__init__(parts)
-        switch = parts.kernel.switch
-        self._numbers = switch.mapped("samplings")
-        self._ring_fd = switch.map_fd("samples")
+        self._numbers = parts.kernel.samplings
+        self._ring_fd = parts.kernel.switch.map_fd("samples")
         self._ring = Ring(self._ring_fd, SAMPLE)
         self._waiting: list[Records] = []  # read, and not told yet
         self._agents: dict[int, SubAgent] = {}
@@ -89,11 +88,11 @@ class SamplingTable(KindTable):
         if known is not None:
             made.before = known.before
         self._agents[slot] = made
-        self._parts.kernel.ports.view["features"][slot] |= np.uint32(C.FEATURE_SAMPLE)
+        self._parts.words.feature(slot, add=C.FEATURE_SAMPLE)
 
     def clear(self, slot: int) -> None:
         with self._lock:
-            self._parts.kernel.ports.view["features"][slot] &= ~np.uint32(C.FEATURE_SAMPLE)
+            self._parts.words.feature(slot, drop=C.FEATURE_SAMPLE)
             self._agents.pop(slot, None)
             self._numbers.view[slot] = np.zeros((), self._numbers.value)
 
@@ -159,7 +158,6 @@ class SamplingTable(KindTable):
             self._thread.join()
         os.close(self._wake)
         self._collectors.close()
-        self._numbers.close()
 
     def _run(self) -> None:
         with select.epoll() as any_of, select.epoll() as wake:

@@ -5,6 +5,7 @@ types.h (struct port) says who else writes what. Everything here is one store or
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class Words:
     def __init__(self, ports: Mapped, compare_and_swap: Callable[[int, int, int], int]) -> None:
         self.ports = ports
         self._cas = compare_and_swap
+        self._features = threading.Lock()
         self.names = {
             C.PORT_STAGED: PortState.STAGED,
             C.PORT_ACTIVE: PortState.ACTIVE,
@@ -86,6 +88,12 @@ class Words:
             after = Word(before.state, (before.flags | add) & ~drop, before.epoch)
             if self._cas(slot, before.packed, after.packed) == before.packed:
                 return before
+
+    def feature(self, slot: int, *, add: int = 0, drop: int = 0) -> None:
+        """Change enum port_feature of a port: several kinds keep bits there, and some change theirs at any time."""
+        with self._features:
+            features = self.ports.view["features"]
+            features[slot] = int(features[slot]) & ~drop | add
 
     def has(self, slot: int, flag: int) -> bool:
         return bool(self.word(slot).flags & flag)
