@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bench.figures import Figures
 
-NAMES = ("tables", "programs", "cluster")
+NAMES = ("tables", "programs", "cluster", "watch")
 RESULTS = Path(__file__).parent / "results"
 
 

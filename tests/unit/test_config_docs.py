@@ -60,7 +60,8 @@ def test_options_replace_the_file(tmp_path: Path) -> None:
 
 def test_every_metric_is_named_and_no_other() -> None:
     import migrator.agent.metrics
-    import migrator.coordinator.cluster  # noqa: F401
+    import migrator.coordinator.cluster
+    import migrator.coordinator.rpc  # noqa: F401
 
     kinds = {"counter": "_total"}
     found = {

@@ -8,11 +8,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
+from datapath.registry import KINDS
 from datapath.state.kind import Op, Table
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
@@ -20,9 +23,14 @@ from migrator.agent import watchers, watching
 from migrator.cli.following import Follower, Wanted, Ways
 from migrator.coordinator.rpc import received
 from migrator.errors import ConfigInvalid, Forbidden, ResourceExhausted
+from migrator.inspect import rows
+from migrator.lifecycle import destination_words as coming
+from migrator.lifecycle import source_words as leaving
 from migrator.security.settings import Tls
 from migrator.security.transport import Transport
+from migrator.watching.compare import joined, take
 from migrator.watching.view import Change
+from tests.contract.samples import sample
 from tests.unit.pair import MACS, VM, World, connections, eventually, world
 
 QUICK = 0.1
@@ -140,6 +148,39 @@ def test_a_connection_between_the_same_ends_is_another_one(tmp_path: Path) -> No
     run(tmp_path, test)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "port"])
+def test_every_kind_is_watched(tmp_path: Path, kind: str) -> None:
+    async def test(w: World) -> None:
+        async with following(w, kinds=[kind], macs=[MACS[0]]) as heard:
+            ref, table = w.active("a")[0], joined(KINDS[kind], [sample(kind, 3)])
+            before = len(heard.changes)
+            w.driver("a").load(ref, table)
+            await eventually(lambda: len(heard.changes) >= before + len(table))
+            assert {change.op for change in heard.changes[before:]} <= {"added", "changed"}
+            assert not heard.changes[-1].snapshot
+            part, key = take(table, np.arange(1)), KINDS[kind].key
+            columns = {name: part.columns[name] for name in key} if part.columns else None
+            records = [{name: one[name] for name in key} for one in part.records or ()] if part.records else None
+            w.driver("a").load(ref, Table(kind, Op.DELETE, columns=columns, records=records))
+            await eventually(lambda: heard.ops(kind)["removed"] == 1)
+            gone = next(change for change in heard.changes if change.op == "removed")
+            shown = next(rows(part))
+            assert {name: gone.record[name] for name in key} == {name: shown[name] for name in key}
+
+    run(tmp_path, test)
+
+
+def test_a_port_that_is_configured_otherwise_is_told(tmp_path: Path) -> None:
+    async def test(w: World) -> None:
+        async with following(w, kinds=["port"]) as heard:
+            port = pb.Port(vm=VM, mac=MACS[0], network="blue", host="a", device="tap1", policy="web", mtu=1400)
+            w.cluster.apply(pb.ApplyRequest(config=pb.Config(ports=[port])))
+            await eventually(lambda: heard.ops("port")["changed"] == 1)
+            assert heard.changes[-1].record["mtu"] == 1400 and "mtu" in heard.changes[-1].was
+
+    run(tmp_path, test)
+
+
 def test_what_changes_is_told_with_what_it_was(tmp_path: Path) -> None:
     async def test(w: World) -> None:
         w.fill("a", 2)
@@ -222,6 +263,40 @@ def test_a_switchover_is_left_alone(tmp_path: Path) -> None:
             await eventually(lambda: heard.ops("port")["arrived"] == 4)
             assert looks and all(looks)
             assert heard.left_over() == truth(w, "b")
+
+    run(tmp_path, test)
+
+
+CALM = {
+    *(leaving.Phase.PROBING, leaving.Phase.CONNECTING, leaving.Phase.COPYING, leaving.Phase.CONVERGED),
+    *(leaving.Phase.WATCHING, leaving.Phase.SETTLING, leaving.Phase.STUB, *leaving.OVER),
+    *(coming.Phase.OPEN, *coming.OVER),
+}
+"""The guest runs, and no step of its switchover waits for the VM's lane."""
+
+
+def test_who_has_its_switchover_in_hand_is_not_looked_at(tmp_path: Path) -> None:
+    """Also not while its port is open still: it holds, or opens just now."""
+
+    async def test(w: World) -> None:
+        watching = w.agents["a"].watching
+        phases: list[Any] = []
+        watching._ends_of = lambda _: [SimpleNamespace(state=SimpleNamespace(phase=one)) for one in phases]
+        stream = watching.watch(pb.StateRequest(kinds=["fdb"], interval_s=QUICK))
+        assert (await anext(stream)).what == "here"
+        for phase in (*leaving.Phase, *coming.Phase):
+            phases[:] = [phase]
+            assert watching._urgent(VM) == (phase not in CALM), phase
+        phases[:] = [leaving.Phase.HOLDING]
+        seen = watching._vms[VM]
+        await eventually(lambda: seen.look is None)
+        seen.due = 0.0
+        await watching._turn()
+        assert seen.look is None
+        phases[:] = [leaving.Phase.COPYING]
+        await watching._turn()
+        await eventually(lambda: seen.due > 0)
+        await stream.aclose()
 
     run(tmp_path, test)
 
