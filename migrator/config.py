@@ -194,6 +194,10 @@ class AddressSet(_Model):
     prefixes: list[Annotated[str, AfterValidator(_prefix)]] = []
 
 
+Timeouts = dict[Annotated[str, AfterValidator(_timeout_name)], Annotated[int, Field(ge=1, le=0xFFFFFFFF)]]
+"""Name of a timeout (datapath/state/conntrack.py) -> milliseconds."""
+
+
 class Rule(_Model):
     """One stateful rule: the lowest `priority` that matches wins. `remote`, `ports` empty: any. `id` 0: given later."""
 
@@ -217,10 +221,14 @@ class Rule(_Model):
 
 
 class Policy(_Model):
-    """Rules of a policy. What none matches is dropped, unless it belongs to a connection that one let in."""
+    """Rules of a policy. What none matches is dropped, unless it belongs to a connection that one let in.
+
+    `timeouts_ms`: when connections at its ports are forgotten, for a port that does not say so itself.
+    """
 
     name: Name
     rules: list[Rule] = []
+    timeouts_ms: Timeouts = {}
 
     @model_validator(mode="after")
     def _ids_differ(self) -> Policy:
@@ -248,7 +256,7 @@ class PortFields(_Model):
     mtu: Mtu = 0
     connections_max: int = Field(0, ge=0, le=1 << 24)
     learned_max: int = Field(0, ge=0, le=1 << 16)
-    timeouts_ms: dict[Annotated[str, AfterValidator(_timeout_name)], Annotated[int, Field(ge=1, le=0xFFFFFFFF)]] = {}
+    timeouts_ms: Timeouts = {}
     antispoof: bool = True
     learning: bool = False
     name: OptionalName = ""

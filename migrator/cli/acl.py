@@ -47,7 +47,7 @@ def add(context: Context, /, policy: str, **fields: Any) -> None:
     model = config.from_message(known, config.Policy)
     given = {name: value for name, value in fields.items() if value not in (None, ())}
     rules = [checked(config.Rule, **_listed(given))] if given else []
-    apply(context, policies=[checked(config.Policy, name=policy, rules=[*model.rules, *rules])])
+    apply(context, policies=[model.model_copy(update={"rules": [*model.rules, *rules]})])
 
 
 def _listed(fields: dict[str, Any]) -> dict[str, Any]:
@@ -131,4 +131,4 @@ def del_(context: Context, policy: str, rule: int | None) -> None:
     rules = [item for item in model.rules if item.id != rule]
     if len(rules) == len(model.rules):
         raise ObjectNotFound(f"policy {policy} has no rule {rule}", hint=f"`migrator acl show {policy}` shows all")
-    apply(context, policies=[checked(config.Policy, name=policy, rules=rules)])
+    apply(context, policies=[model.model_copy(update={"rules": rules})])

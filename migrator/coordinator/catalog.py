@@ -109,6 +109,7 @@ class Catalog:
         copy = pb.Port()
         copy.CopyFrom(port)
         copy.host = host or port.host
+        copy.timeouts_ms.update({**self._timeouts(port.policy), **port.timeouts_ms})
         return pb.PortOrder(
             port=copy,
             rules=self._resolved(port.policy),
@@ -116,6 +117,10 @@ class Catalog:
             revision=self._order_revision(port),
             device=device_at(port, copy.host),
         )
+
+    def _timeouts(self, policy: str) -> Mapping[str, int]:
+        """What a policy says for the ports that do not say it themselves."""
+        return self.policies[policy].timeouts_ms if policy else {}
 
     def _resolved(self, policy: str) -> Iterator[pb.Rule]:
         """Rules with prefixes for address sets. A rule whose sets are all empty matches nothing: it is left out, for

@@ -200,3 +200,23 @@ def test_batch_is_written_as_a_whole(store: Store) -> None:
     assert (store.revision, max(entry.revision for entry in store.journal.objects())) == (revision, revision)
     apply(store, pb.Config(ports=[port(OTHER_VM, "52:54:00:00:00:01")]))
     assert store.catalog.host_of(OTHER_VM) == "h1"
+
+
+def test_a_policys_timeouts_are_its_ports_unless_they_say_otherwise(store: Store) -> None:
+    policy = pb.Policy(name="p", timeouts_ms={"udp": 5_000, "tcp_close": 1_000})
+    ports = [port(policy="p", timeouts_ms={"udp": 9_000}), port(OTHER_VM, "52:54:00:00:00:02", policy="p")]
+    apply(store, pb.Config(networks=configuration().networks, policies=[policy], ports=ports))
+    orders = {vm: store.catalog.order(store.catalog.ports_of(vm)[0]) for vm in (VM, OTHER_VM)}
+    assert dict(orders[VM].port.timeouts_ms) == {"udp": 9_000, "tcp_close": 1_000}
+    assert dict(orders[OTHER_VM].port.timeouts_ms) == {"udp": 5_000, "tcp_close": 1_000}
+    assert dict(store.catalog.ports_of(OTHER_VM)[0].timeouts_ms) == {}, "what the port says stays what it says"
+    planned = plan(store, pb.Config(policies=[pb.Policy(name="p", timeouts_ms={"udp": 6_000})]))
+    entries = store.commit(Batch(planned.writes))
+    assert {touched.vm for touched in store.catalog.ports_touched(entries)} == {VM, OTHER_VM}
+    order = store.catalog.order(store.catalog.ports_of(OTHER_VM)[0])
+    assert (dict(order.port.timeouts_ms), order.revision) == ({"udp": 6_000}, entries[0].revision)
+
+
+def test_a_policys_timeout_that_is_none_is_refused(store: Store) -> None:
+    with pytest.raises(ConfigInvalid, match="eternity"):
+        plan(store, pb.Config(policies=[pb.Policy(name="p", timeouts_ms={"eternity": 1})]))
