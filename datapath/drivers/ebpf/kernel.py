@@ -48,6 +48,7 @@ class Kernel:
         self.mirror_counts = switch.table("mirror_counts")
         self.mirror_ports = switch.table("mirror_ports")
         self.mirror_cutter = switch.table("mirror_cutter")
+        self.qos = switch.mapped("qos")
         self.samplings = switch.mapped("samplings")
         self.settings = switch.table("settings")
         self.exchange = switch.mapped("exchange")

@@ -41,7 +41,7 @@ class Qos(KindTable):
 
     def __init__(self, parts: Running) -> None:
         super().__init__(parts)
-        self._map = parts.kernel.switch.mapped("qos")
+        self._map = parts.kernel.qos
         self._shaper = Shaper(parts.kernel, parts.attachments, parts.options.tap_prefix)
         self._devices: dict[int, int] = {}  # slot -> ifindex with HTB on it
         self._open: set[int] = set()  # slots whose classes hold nothing back
@@ -219,9 +219,6 @@ class Qos(KindTable):
 
     def destroy(self) -> None:
         self._shaper.remove()
-
-    def close(self) -> None:
-        self._map.close()
 
 
 def _records(instance: Instance) -> Sequence[Record]:

@@ -33,6 +33,7 @@ def remains(parts: Running) -> Mapping[str, Sequence[str]]:
         "hits": (f"slot {k['slot']} rule {k['rule']}" for k in _keys(parts.kernel.rule_hits)),
         "mirrors": (f"slot {key // 8} mirror {key % 8}" for key in parts.kernel.mirrors.keys().tolist()),
         "names for mirrors": (f"name {key}" for key in parts.kernel.mirror_ports.keys().tolist()),
+        "buckets": (f"slot {n // 2} way {n % 2}" for n in np.flatnonzero(parts.kernel.qos.view["flags"]).tolist()),
         "sub-agents": (f"slot {slot}" for slot in np.flatnonzero(parts.kernel.samplings.view["began"]).tolist()),
         "devices": _devices(parts),
         "attachments": _attachments(parts),

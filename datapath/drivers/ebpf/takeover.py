@@ -189,7 +189,15 @@ class Takeover:
         for counter in ("alarm_full", "evicted"):  # they go with what is carried
             record[counter] = 0
         self._new.ports.view[slot] = record[0]
+        self._copy_buckets(slot)
         return int(record["held_to"][0]), int(record["held_from"][0])
+
+    def _copy_buckets(self, slot: int) -> None:
+        """Again: they were copied while frames passed."""
+        if "qos" in self._old.switch.maps:
+            with self._old.switch.mapped("qos") as before:
+                found = before.view[2 * slot : 2 * slot + 2].copy()
+                self._new.qos.view[2 * slot : 2 * slot + 2] = evolve.by_name(found, self._new.qos.value)
 
     # ---- the new maps are the truth ----
 
@@ -250,7 +258,8 @@ class Takeover:
         for name, amount in ended.items():
             if amount:
                 carried["counters"][name] = carried["counters"].get(name, 0) + amount
-        self._parts.ledger.save_carried(replace(entry, carried={**carried, "generation": generation}))
+        kinds = {name: part for name, part in entry.carried.items() if name in self._parts.kinds}
+        self._parts.ledger.save_carried(replace(entry, carried={**kinds, **carried, "generation": generation}))
 
     def _close(self, instance: Instance) -> None:
         for handle in (instance.table, instance.hold_to, instance.hold_from):
