@@ -312,6 +312,9 @@ class DestinationEnd(End):
         each(self.refs, self.driver.purge)
 
     async def _answer_source(self, _: words.Answer) -> None:
+        """Not while the ports open: what the source redirects on that word would find them shut. It is said again."""
+        if self.state.phase is Phase.OPENING:
+            return
         asking, self._asking = self._asking, []
         for waiting in asking:
             if not waiting.done():
@@ -327,7 +330,7 @@ class DestinationEnd(End):
     # ---- questions ----
 
     def move_state(self) -> pb.MoveState:
-        opened = self.state.phase in {Phase.OPENING, Phase.OPEN, Phase.SETTLED}
+        opened = self.state.phase in {Phase.OPEN, Phase.SETTLED}
         return pb.MoveState(state=str(self.state.phase), committed=self.state.committed, opened=opened, known=True)
 
     async def ask(self) -> pb.MoveState:

@@ -275,6 +275,8 @@ def _back(state: State, event: Back) -> Step:
         return state, _repeat_abort(state, role)
     if role is B and state.phase in UNDECIDED:
         return state, (Tell(B, Verdict(guest_at=None)),)  # nobody has said that the guest is at the source
+    if role is A and state.phase in UNDECIDED and B in state.ended:
+        return state, (Send(A, Order.ABORT, state.reason),)  # it was away when the destination had purged
     if role is A and state.phase in {Phase.AUTHORISED, Phase.SWITCHOVER}:
         return state, (Send(A, Order.AUTHORISE),)
     if role is A and state.phase in {Phase.OPEN, Phase.DONE}:

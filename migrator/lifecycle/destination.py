@@ -127,7 +127,7 @@ def _opened(state: State, _: Opened) -> Step:
         return state, ()
     ready = (SendReady(),) if state.returned else ()
     tell = Tell("degraded" if state.degraded else "opened")
-    return replace(state, phase=Phase.OPEN, returned=False), (SendOpened(), *ready, tell)
+    return replace(state, phase=Phase.OPEN, returned=False), (SendOpened(), Answer(), *ready, tell)
 
 
 def _redirecting(state: State, _: Redirecting) -> Step:
@@ -196,7 +196,9 @@ def _failed(state: State, event: Failed) -> Step:
 
 
 def _purge(state: State, reason: str) -> Step:
-    return replace(state, phase=Phase.ABORTED), (Purge(), Tell("aborted", reason))
+    owed = (Answer(),) if state.asked else ()
+    # Its last word is this one, though a commit may be under way that ends before the purge begins.
+    return replace(state, phase=Phase.ABORTED, committing=False, asked=False), (*owed, Purge(), Tell("aborted", reason))
 
 
 def _source_aborted(state: State, event: SourceAborted) -> Step:

@@ -354,7 +354,9 @@ def _restarted(state: State, event: Restarted) -> Step:
         if runs and (had_stopped or state.phase in {Phase.PROBING, Phase.CONNECTING}):
             return _roll_back(state, "the agent was restarted and the guest runs at the source")
         if state.phase in UNSURE and not runs:
-            return state, (Shut(), Ask())
+            # Without `final` nobody has it but us: what the earlier run gave up and did not hear the end of.
+            given_up = state.phase is Phase.ABORTING and not state.final
+            return state, (Shut(), Ask(), *((Cancel(certain=True),) if given_up else ()))
         # It runs, but its hypervisor may still be moving it: the destination keeps what it has until that is over.
         shut = () if runs else (Shut(),)
         return replace(state, phase=Phase.ABORTING), (*shut, Ask(), Cancel(certain=not state.final))

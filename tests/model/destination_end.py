@@ -124,7 +124,7 @@ def _purge(m: Model, w: World, mv: Move, _: str) -> None:
 
 
 def _answer(m: Model, w: World, mv: Move, _: str) -> None:
-    if "asked" in mv.busy_a:
+    if "asked" in mv.busy_a and m.b.phases[mv.b] != "opening":
         mv.answer = state(m, mv)
 
 
@@ -132,7 +132,7 @@ def state(m: Model, mv: Move) -> str:
     """What the destination says of itself: `c` committed, `o` opened."""
     if mv.b < 0:
         return "co" if mv.b == OPENED else "--"
-    opened = m.b.phases[mv.b] in OPEN
+    opened = m.b.phases[mv.b] in {"open", "settled"}
     return ("c" if m.b.states[mv.b].committed else "-") + ("o" if opened else "-")
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from migrator.agent.stream import PeerStream
+from migrator.lifecycle import coordinator as c
+from migrator.lifecycle import destination as b
+from migrator.lifecycle import destination_words as bw
 from migrator.lifecycle import source as a
 from migrator.lifecycle import source_words as aw
 from migrator.lifecycle.machine import Guest, Role, Verdict
@@ -121,3 +125,82 @@ def test_the_last_word_of_a_source_that_has_ended_is_how_it_ended(guest: Guest, 
     """Its hypervisor says that the move failed when it has been rolled back: who was away hears only the last word."""
     _, actions = a.step(a.State(phase=aw.Phase.ABORTED, guest=guest), aw.Failed("the hypervisor gave up"))
     assert actions == (aw.Tell("failed", "the hypervisor gave up"), aw.Tell(word))
+
+
+def test_a_source_hears_of_open_ports_when_they_are_open(tmp_path: Path) -> None:
+    """What it redirects on that word must not find them shut."""
+
+    async def scenario(w: World) -> None:
+        driver: Any = w.driver("b")
+        opening, may_open = driver.open, threading.Event()
+
+        def slow(*arguments: Any, **options: Any) -> Any:
+            assert may_open.wait(10.0)
+            return opening(*arguments, **options)
+
+        driver.open = slow
+        w.hypervisor.converged = False
+        await w.migrate("b")
+        await reach(w, "b", "loading")
+        w.hypervisor.place, w.hypervisor.moving = "b", ""
+        w.hypervisor.resume("b", "migrated")
+        await reach(w, "b", "waiting")
+        end: Any = end_of(w, "b", Role.DESTINATION)
+        asking = asyncio.create_task(end.ask())
+        try:
+            done, _ = await asyncio.wait({asking}, timeout=0.3)
+            assert not done, asking.result()
+        finally:
+            may_open.set()
+        answer = await asyncio.wait_for(asking, 5.0)
+        assert answer.opened and len(w.active("b")) == 2
+
+    run(scenario, tmp_path, "a", "b", last_changes_s=60.0)
+
+
+def test_a_guest_that_stands_where_its_move_was_given_up_is_started_by_the_next_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The move fails while we stop the guest, and our agent dies before it hears that the guest has stopped."""
+
+    async def scenario(w: World) -> None:
+        async def unheard(side: Side, vm: str) -> None:
+            assert vm == VM
+            side.all.moving, side.all.running = "", False
+
+        async def never(*_: Any, **__: Any) -> bool:
+            return await asyncio.Event().wait()
+
+        monkeypatch.setattr(Side, "suspend", unheard)
+        monkeypatch.setattr(Side, "cancel", never)
+        migration = await w.migrate("b")
+        await eventually(lambda: not w.hypervisor.running)
+        end_of(w, "a", Role.SOURCE).post(aw.Failed("the move failed"))
+        await reach(w, "a", "aborting")
+        await w.stop("a")
+        monkeypatch.undo()
+        await w.start("a")
+        await eventually(lambda: w.hypervisor.running)
+        assert w.hypervisor.place == "a"
+        assert (await w.finish(migration)).outcome == "aborted"
+        assert len(w.active("a")) == 2
+
+    run(scenario, tmp_path, "a", "b")
+
+
+def test_the_last_word_of_a_destination_that_purges_is_not_of_its_commit() -> None:
+    """The commit was under way when the guest was back at its source: who was away would wait for a guest here."""
+    committing = b.State(phase=bw.Phase.COMMITTING, committing=True, asked=True)
+    state, actions = b.step(committing, bw.SourceAborted("the guest runs at the source again"))
+    assert [type(action) for action in actions] == [bw.Answer, bw.Purge, bw.Tell]
+    assert b.step(state, bw.CommitDone()) == (state, ())
+
+
+def test_a_source_that_comes_back_is_asked_what_the_destinations_purge_left_open() -> None:
+    """It was away when the destination said that it had purged, and has forgotten what it rolled back."""
+    state, actions = c.step(c.State(phase=c.Phase.COMMITTED), c.Said(Role.DESTINATION, "aborted", "the guest is back"))
+    assert actions == (c.Send(Role.SOURCE, c.Order.ABORT, "the guest is back"),)  # and nobody hears it
+    state, again = c.step(state, c.Back(Role.SOURCE))
+    assert again == actions
+    state, _ = c.step(state, c.Said(Role.SOURCE, "aborted"))
+    assert state.over
