@@ -13,7 +13,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,7 @@ class Stage:
         self.numbers = Numbers(self.vm, self.peer)
         self.empty: dict[str, dict[str, list[str]]] = {}  # traces of a host that the VM has left
         self.full: dict[str, dict[str, int]] = {}  # counts of a host that has it
+        self._changes: threading.Thread | None = None
         for host in reversed(MOVING):
             self.move_on()
             assert self.vm.place() == host
@@ -198,6 +200,11 @@ class Stage:
             worker.close()
             self.cluster.workers.remove(worker)
         self.talk = self._converse()
+
+    def change(self, *changes: Callable[[], object]) -> None:
+        """Make changes of the configuration one after the other, beside: the coordinator may stand at one of them."""
+        self._changes = threading.Thread(target=lambda: [_insist(change) for change in changes], daemon=True)
+        self._changes.start()
 
     @staticmethod
     def other(host: str) -> str:
@@ -219,6 +226,8 @@ class Stage:
         place = self.vm.place()
         if not place:
             return ["the guest stands"]
+        if self._changes is not None and self._changes.is_alive():
+            return ["the configuration is being changed"]
         try:
             return self._wrong_reports() + self._wrong_ports(place) + self._wrong_traces(place)
         except grpc.RpcError as error:
@@ -272,6 +281,19 @@ class Stage:
     def logs(self) -> str:
         daemons = (self.cluster.coordinator, *self.cluster.agents.values())
         return "\n".join(f"==== {d.name}\n{d.tail(60)}" for d in daemons)
+
+
+def _insist(change: Callable[[], object]) -> None:
+    wait_until("the coordinator takes a change", partial(_taken, change), REST_S, 0.2)
+
+
+def _taken(change: Callable[[], object]) -> bool:
+    """Also by a coordinator that died before it said so: what is not there has been removed."""
+    try:
+        change()
+    except grpc.RpcError as error:
+        return bool(error.code() is grpc.StatusCode.NOT_FOUND)
+    return True
 
 
 def _port(number: int) -> Port:

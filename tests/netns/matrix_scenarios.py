@@ -82,11 +82,14 @@ def _changed(roles: Roles, _: Move) -> None:
     go_on(roles.stage)
     first, second = POLICIES
     more = [*second["rules"], {"direction": "to", "priority": 90, "protocol": "udp", "ports": ["5"], "action": "allow"}]
-    cluster.apply(policies=[first, {**second, "rules": more}])
     port = {"vm": OTHER, "mac": "02:00:00:00:00:77", "network": "blue", "host": roles.here, "device": "none0"}
-    cluster.apply(ports=[port])
-    cluster.coordinator_stub().Remove(pb.Removal(sort="port", name=f"{OTHER}/{port['mac']}"), timeout=10)
-    cluster.apply(policies=POLICIES)
+    removal = pb.Removal(sort="port", name=f"{OTHER}/{port['mac']}")
+    roles.stage.change(
+        lambda: cluster.apply(policies=[first, {**second, "rules": more}]),
+        lambda: cluster.apply(ports=[port]),
+        lambda: cluster.coordinator_stub().Remove(removal, timeout=10),
+        lambda: cluster.apply(policies=POLICIES),
+    )
 
 
 def _unauthorised(roles: Roles, _: Move) -> None:
