@@ -120,7 +120,7 @@ def test_numbered_frames_move_with_the_vm(pair: list[Host], network: str) -> Non
     peer = source.guest("10.0.0.2", network=network)
     moved = twin(target, vm)
     target.run(lambda: target.driver.accept_redirect(moved.ref, CHANNEL, "h1"))
-    _resolve(peer, vm)
+    resolve(peer, vm)
     stream = Stream(peer, vm.address, vm, moved)
     stream.run_on(100)
     copy(source, target, vm, moved)
@@ -156,7 +156,7 @@ def test_numbered_frames_move_with_the_vm(pair: list[Host], network: str) -> Non
     assert len(left["ports"]) == 1, left
 
 
-def _resolve(one: Guest, other: Guest) -> None:
+def resolve(one: Guest, other: Guest) -> None:
     """Neighbour entry, so that no ARP is needed while a port is silent."""
 
     def add() -> None:
@@ -174,7 +174,7 @@ def test_rule_rollback_gives_held_frames_back_in_order(pair: list[Host]) -> None
     source, _ = pair
     vm = source.guest("10.0.0.1", NUMBERS)
     peer = source.guest("10.0.0.2")
-    _resolve(peer, vm)
+    resolve(peer, vm)
     stream = Stream(peer, vm.address, vm)
     stream.run_on(50)
     source.run(lambda: source.driver.hold(vm.ref))
@@ -193,7 +193,7 @@ def test_restart_under_traffic_loses_nothing(pair: list[Host]) -> None:
     source, _ = pair
     vm = source.guest("10.0.0.1", NUMBERS)
     peer = source.guest("10.0.0.2")
-    _resolve(peer, vm)
+    resolve(peer, vm)
     stream = Stream(peer, vm.address, vm)
     stream.run_on(50)
     source.restart()
@@ -207,7 +207,7 @@ def test_rule_held_frames_survive_a_restart(pair: list[Host]) -> None:
     source, _ = pair
     vm = source.guest("10.0.0.1", NUMBERS)
     peer = source.guest("10.0.0.2")
-    _resolve(peer, vm)
+    resolve(peer, vm)
     stream = Stream(peer, vm.address, vm)
     stream.run_on(30)
     source.run(lambda: source.driver.hold(vm.ref))
@@ -224,7 +224,7 @@ def test_what_the_guest_sends_before_the_open_waits(pair: list[Host]) -> None:
     vm = source.guest("10.0.0.1", network="vlan")
     peer = source.guest("10.0.0.2", NUMBERS, network="vlan")
     moved = twin(target, vm)
-    _resolve(moved, peer)
+    resolve(moved, peer)
     copy(source, target, vm, moved)
     stream = Stream(moved, peer.address, peer)
     stream.run_on(50)
@@ -266,7 +266,7 @@ def test_lease_ends_a_redirect(pair: list[Host]) -> None:
     vm = source.guest("10.0.0.1", NUMBERS, network="vlan")
     peer = source.guest("10.0.0.2", network="vlan")
     moved = twin(target, vm)
-    _resolve(peer, vm)
+    resolve(peer, vm)
     source.run(lambda: source.driver.hold(vm.ref))
     source.run(lambda: source.driver.quiesce(vm.ref))
     source.run(lambda: source.driver.redirect(vm.ref, CHANNEL, "h2"))
@@ -319,7 +319,7 @@ def test_overflow_of_the_dirty_set_asks_for_a_new_dump(pair: list[Host], monkeyp
 def test_a_crash_in_the_middle_of_a_resize_is_mended(pair: list[Host], monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = pair
     vm, peer = source.guest("10.0.0.1", NUMBERS), source.guest("10.0.0.2")
-    _resolve(peer, vm)
+    resolve(peer, vm)
     staging = source.driver._parts().staging
     monkeypatch.setattr(staging, "go_on", lambda *_, **__: None)
     source.run(lambda: source.driver.update(vm.ref, {**vm.record, "connections_max": 1000}))
@@ -336,7 +336,7 @@ def test_a_crash_in_the_middle_of_a_resize_is_mended(pair: list[Host], monkeypat
 def test_held_frames_without_a_keeper_are_lost_and_the_port_goes_on() -> None:
     with hosts(1, keeper=False) as (host,):
         vm, peer = host.guest("10.0.0.1", NUMBERS), host.guest("10.0.0.2")
-        _resolve(peer, vm)
+        resolve(peer, vm)
         host.run(lambda: host.driver.hold(vm.ref))
         with peer.socket(socket.SOCK_DGRAM) as sender, vm.socket(socket.SOCK_DGRAM) as receiver:
             receiver.bind((vm.address, 9000))

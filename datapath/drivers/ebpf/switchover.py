@@ -55,25 +55,28 @@ class Switchover:
     def open(self, instance: Instance, *, broadcast: bool) -> Pumped:
         """The guest runs here. A port that is active already, by its first frame or by a call, gets what is missing."""
         slot = instance.slot
-        if self._words.word(slot).state == C.PORT_STAGED:
-            self._activate(instance, broadcast=broadcast)
+        staged = self._words.word(slot).state == C.PORT_STAGED
+        _require(instance, staged or self._words.running(slot), "open needs a staged or active port")
         awaits = not broadcast and self._words.has(slot, C.PORT_F_AWAITS_SOURCE)
+        if staged:
+            self._activate(instance, broadcast=broadcast, awaits=awaits)
+        else:
+            self._fdb.take_all(instance)
         self._kernel.ports.store(slot, "lease", ktime_ns() + int(SOURCE_FIRST_S * 1e9) if awaits else 0)
         if broadcast:
             self.source_done(instance)
-        _require(instance, self._words.running(slot), "open needs a staged or active port")
-        self._fdb.take_all(instance)
         passed = self._holds.pump_from(instance)
         if not self._words.gate(slot)[1]:
             self._holds.pump_to(instance)
         self._save(instance, state="active")
         return passed
 
-    def _activate(self, instance: Instance, *, broadcast: bool) -> None:
+    def _activate(self, instance: Instance, *, broadcast: bool, awaits: bool) -> None:
+        """Places and gate first: the guest may run, and what answers the first frame that it sends comes at once."""
         slot = instance.slot
         self._words.set_clock(slot, max(self._words.clock(slot), ORIGIN_NS))
-        awaits = not broadcast and self._words.has(slot, C.PORT_F_AWAITS_SOURCE)
         self._words.set_gate(slot, C.GATE_LOCAL, shut=awaits)
+        self._fdb.take_all(instance)
         flags = 0 if broadcast else C.PORT_F_NO_BROADCAST
         sources = (C.PORT_STAGED, C.PORT_ACTIVE)  # its first frame may be quicker
         self._words.change(slot, instance.ref.epoch, sources, C.PORT_ACTIVE, add=flags)
