@@ -77,6 +77,7 @@ class SamplingTable(KindTable):
     def _begin(self, instance: Instance, record: Record) -> None:
         """Numbers that are in the map go on: another sub-agent is another record, and this one is cleared before."""
         slot, view = instance.slot, self._numbers.view
+        self._flush(slot)  # what was taken as it was configured before
         known = self._agents.get(slot)
         if not view["began"][slot]:
             view[slot] = np.zeros((), self._numbers.value)
@@ -115,7 +116,10 @@ class SamplingTable(KindTable):
     # ---- what is live ----
 
     def dump(self, instance: Instance, records: Sequence[Record]) -> list[Record]:
+        """What was sampled until now has been told then."""
         slot, view = instance.slot, self._numbers.view
+        with self._lock:
+            self._flush(slot)
         live = {name: int(view[name][slot]) for name in _LIVE}
         live["age_ns"] = age_ns(int(view["began"][slot]))
         own = self._parts.counters.own(slot)
@@ -142,8 +146,7 @@ class SamplingTable(KindTable):
     def quiesced(self, instance: Instance) -> None:
         """No program puts anything into the ring for the port any more."""
         with self._lock:
-            self._pull()
-            self._tell(instance.slot)
+            self._flush(instance.slot)
 
     # ---- the thread ----
 
@@ -183,6 +186,11 @@ class SamplingTable(KindTable):
             self._poll_counters()
         except Exception:
             _log.exception("samples were not told to their collectors")
+
+    def _flush(self, slot: int) -> None:
+        """Tell what one port has in the ring."""
+        self._pull()
+        self._tell(slot)
 
     def _pull(self) -> None:
         """What is in the ring now, also what a program is still writing there."""
