@@ -23,6 +23,7 @@ def remains(parts: Running) -> Mapping[str, Sequence[str]]:
         "ports": _ports(parts),
         "tables": _inner(parts, "conntracks"),
         "dirty sets": _inner(parts, "dirty"),
+        "flows": (*_inner(parts, "flow_ends"), *_inner(parts, "flow_reports")),
         "addresses": _addresses(parts),
         "trunks": (f"slot {k['slot']} vlan {k['vid']}" for k in _keys(parts.kernel.trunks)),
         "entries": _entries(parts, C.L2_PORT),
