@@ -19,9 +19,10 @@ import pytest
 from datapath.drivers.ebpf import conntrack, layout
 from datapath.drivers.ebpf.driver import EbpfDriver
 from datapath.drivers.ebpf.instances import Instance
+from datapath.provider import Driver
 from datapath.state.flow_export import FlowExportDocument
 from datapath.state.kind import Op, Table
-from tests.contract.hosts import Host, inside
+from tests.contract.hosts import Host, ebpf_host, inside
 
 CHANNEL = 4711
 TEMPLATE_SETS = {0, 2}
@@ -81,13 +82,18 @@ class Vm:
     """A port that exports flows, on its way from instance to instance, and the truth of what was counted."""
 
     def __init__(self, host: Host, collector: Collector, **document: Any) -> None:
-        self.host, self.driver = host, host.driver
+        self.host = host
         self.packets = self.bytes = 0
         self._next = 1
         self.document = {"active_timeout_s": 1, "inactive_timeout_s": 1, "collectors": [collector.endpoint], **document}
         self.ref = host.stage(epoch=1)
         self.driver.load(self.ref, Table("flow_export", records=FlowExportDocument(**self.document).records()))
         self.driver.open(self.ref)
+
+    @property
+    def driver(self) -> Driver:
+        """Another object after a restart."""
+        return self.host.driver
 
     def instance(self) -> Instance:
         assert isinstance(self.driver, EbpfDriver) and self.driver._running is not None
@@ -196,6 +202,8 @@ def test_any_order_is_told_exactly(ebpf: Host, version: str) -> None:
         ]
         for number in range(24):
             random.choice(steps)()
+            if number == 8:
+                ebpf.restart()
             if number % 6 == 5:
                 vm.move(lambda: [random.choice(steps)() for _ in range(3)] and None)
         vm.driver.purge(vm.ref)
@@ -203,6 +211,66 @@ def test_any_order_is_told_exactly(ebpf: Host, version: str) -> None:
         _assert_continuous(made, version)
     finally:
         made.close()
+
+
+def test_maps_of_another_size_are_taken_over() -> None:
+    """What was reported before, and what had ended and was not, is known behind it."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root for network namespaces and bpf(2)")
+    with ebpf_host() as host:
+        _loopback_up()
+        made = Collector()
+        try:
+            vm = Vm(host, made, version="netflow")
+            vm.begin(40)
+            _wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
+            vm.count(0.5)
+            vm.begin(10)
+            vm.end(0.4)
+            host.driver.stop()
+            host.options["slots"] = 64
+            host.take_over()
+            vm.count(0.7)
+            vm.end(0.5)
+            vm.driver.purge(vm.ref)
+            assert made.sums() == (vm.packets, vm.bytes)
+            _assert_continuous(made, "netflow")
+        finally:
+            made.close()
+
+
+def test_a_collector_that_cannot_be_reached_is_an_obstacle(ebpf: Host, collector: Collector) -> None:
+    vm = Vm(ebpf, collector, collectors=["127.0.0.1:9", "203.0.113.9:2055"])
+    need = vm.driver.describe([vm.ref])
+    assert (need.kinds["flow_export"], need.kinds["flows"]) == (1, 1)
+    assert [one for one in vm.driver.probe(need) if "collector" in one] == [
+        "flow_export: collector 203.0.113.9:2055 cannot be reached from this host: Network is unreachable"
+    ]
+    vm.driver.load(vm.ref, Table("flow_export", Op.DELETE, records=[{"name": "flows"}]))
+    assert not {"flow_export", "flows"} & vm.driver.describe([vm.ref]).kinds.keys()
+
+
+def test_what_no_collector_takes_is_told_later(ebpf: Host) -> None:
+    """No route: nothing is marked as reported, and errors are counted."""
+    _loopback_up()
+    made = Collector()
+    try:
+        vm = Vm(ebpf, made, collectors=["203.0.113.9:2055"])
+        vm.begin(20)
+        vm.end(0.5)
+        _wait(lambda: _record(vm)["errors"] > 0, "an error is counted")
+        assert _record(vm)["records"] == 0
+        later = FlowExportDocument(**{**vm.document, "collectors": [made.endpoint]}).records()
+        vm.driver.load(vm.ref, Table("flow_export", records=later))
+        _wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
+    finally:
+        made.close()
+
+
+def _record(vm: Vm) -> dict[str, Any]:
+    (table,) = vm.driver.dump(vm.ref, "flow_export")
+    assert table.records is not None
+    return dict(table.records[0])
 
 
 def _assert_continuous(made: Collector, version: str) -> None:

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from datapath.drivers.ebpf import conntrack, layout
 from datapath.drivers.ebpf.connections import Ended
-from datapath.drivers.ebpf.evolve import by_name
 from datapath.drivers.ebpf.kernel import Kernel
 from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.maps import Batch, Records, Table
@@ -83,35 +82,13 @@ class FlowTables:
             return np.zeros(0, CONNECTION)
         with table:
             keys, entries = table.read()
-        end_keys, end_entries = pair.ends.read()
-        lives = _lives(keys, entries) & ~np.isin(entries["id"], end_keys["id"])
-        found = np.concatenate([_of(keys[lives], entries[lives]), _of(end_keys["key"], end_entries, end_keys)])
-        self._join(pair.reports, found)
-        return found
-
-    def _join(self, reports: Table, found: Records) -> None:
-        """What is reported of each. Of one that came from another host without word of it, all that was counted there
-        is taken as reported: what is not known is not told twice."""
-        ids, values = reports.read()
+        found = of(keys, entries, *pair.ends.read())
+        ids, values = pair.reports.read()
         stale = ~np.isin(ids, found["id"])
         if stale.any():
-            reports.delete_many(ids[stale])
-            ids, values = ids[~stale], values[~stale]
-        order = np.argsort(ids)
-        ids, values = ids[order], values[order]
-        at = np.searchsorted(ids, found["id"])
-        known = np.zeros(len(found), bool)
-        known[at < len(ids)] = ids[at[at < len(ids)]] == found["id"][at < len(ids)]
-        mine = values[at[known]]
-        for name in ("packets", "bytes"):
-            reported = found[f"reported_{name}"]
-            reported[known] = mine[name]
-        found["until"][known] = mine["until"]
-        began = found["began"]
-        earlier = known.copy()
-        earlier[known] = mine["began"] > 0
-        began[earlier] = mine["began"][mine["began"] > 0]
-        found["tcp_flags"][known] |= _sides(mine["tcp_flags"])
+            pair.reports.delete_many(ids[stale])
+        join(ids, values, found)
+        return found
 
     def report(self, slot: int, connections: Records) -> None:
         """Remember what is reported of these: of those that live; the others are forgotten."""
@@ -157,6 +134,31 @@ class FlowTables:
         """Which part of the table of the ended is free."""
         pair = self.of(slot)
         return 1.0 if pair is None else 1 - len(pair.ends.keys()) / pair.ends.entries
+
+
+def of(keys: Records, entries: Records, ends: Records | None, last: Records | None) -> Records:
+    """CONNECTION of a table, and of those that have ended (`ends` with their `last` entries), which go before."""
+    lives = _lives(keys, entries)
+    if ends is None or last is None:
+        return _of(keys[lives], entries[lives])
+    lives &= ~np.isin(entries["id"], ends["id"])
+    return np.concatenate([_of(keys[lives], entries[lives]), _of(ends["key"], last, ends)])
+
+
+def join(ids: Records, reports: Records, found: Records) -> None:
+    """What is reported of each. Of one that came from another host without word of it, all that was counted there is
+    taken as reported: what is not known is not told twice."""
+    order = np.argsort(ids)
+    ids, reports = ids[order], reports[order]
+    at = np.searchsorted(ids, found["id"])
+    known = at < len(ids)
+    known[known] = ids[at[known]] == found["id"][known]
+    mine = reports[at[known]]
+    for name in ("packets", "bytes"):
+        found[f"reported_{name}"][known] = mine[name]
+    found["until"][known] = mine["until"]
+    found["began"][known] = np.where(mine["began"] > 0, mine["began"], found["began"][known])
+    found["tcp_flags"][known] |= _sides(mine["tcp_flags"])
 
 
 def _lives(keys: Records, entries: Records) -> NDArray[np.bool_]:
@@ -220,10 +222,3 @@ def _entries(connections: Records) -> Records:
     made["tcp_flags"] = _joined(connections["tcp_flags"])
     made["carried_packets"], made["carried_bytes"] = connections["packets"], connections["bytes"]
     return made
-
-
-def began_before(keys: Records, entries: Records) -> Records:
-    """Connections of a generation of maps that is left, with everything that this host counted not yet reported."""
-    entries = by_name(entries, layout.CT_ENTRY)
-    keys = by_name(keys, layout.CT_KEY)
-    return _of(keys, entries)

@@ -62,7 +62,10 @@ def copy_changed(old: Adopted, new: Switch, name: str) -> None:
         keys, values = source.read()
         keys, values = evolve.by_name(keys, target.key), evolve.by_name(values, target.value)
         known_keys, known = target.read()
-        target.delete_many(known_keys[~np.isin(_bytes(known_keys), _bytes(keys))])
+        if old.kind(name) == MapType.ARRAY:  # all elements are always there, and there may be fewer or more than before
+            keys, values = keys[keys < target.entries], values[keys < target.entries]
+        else:
+            target.delete_many(known_keys[~np.isin(_bytes(known_keys), _bytes(keys))])
         fresh = ~np.isin(_bytes(keys, values), _bytes(known_keys, known))
         _load(target, keys[fresh], values[fresh])
 

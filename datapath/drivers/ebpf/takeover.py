@@ -18,10 +18,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from datapath.drivers.ebpf import bpffs, evolve, syscall
+from datapath.drivers.ebpf import bpffs, evolve, moved_flows, syscall
 from datapath.drivers.ebpf.adopted import Adopted
 from datapath.drivers.ebpf.attach import Direction
 from datapath.drivers.ebpf.clock import barrier
+from datapath.drivers.ebpf.flow_tables import FlowTables
 from datapath.drivers.ebpf.generation import Generation
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.layout import C
@@ -81,6 +82,7 @@ class Takeover:
     def __init__(self, parts: Running, old: Generation) -> None:
         self._parts, self._old, self._new = parts, old, parts.kernel
         self._instances: dict[int, Instance] = {}
+        self._flows = FlowTables(parts.kernel)
         self.standing: list[int] = []  # slots of ports that stop for it
         self.connections = self.changed = 0
         self.opened = 0.0
@@ -130,6 +132,7 @@ class Takeover:
         parts.ledger.save_port(entry)  # who finishes after a crash opens what was open
         table = self._new.conntracks.new(entry.record["connections_max"])
         self._new.conntracks.put(slot, table)
+        moved_flows.prepare(self._flows, entry)
         self._instances[slot] = Instance(entry, table, *parts.holds.make(slot))
         undo.callback(self._give_back, slot)
         self._old.track(slot)
@@ -176,8 +179,9 @@ class Takeover:
         for slot in self.standing:
             self.changed += self._load_changes(slot)
         copy_changed(self._old.switch, self._new.switch, "l2")
-        if "samplings" in self._old.switch.maps:
-            copy_changed(self._old.switch, self._new.switch, "samplings")
+        for name in ("samplings", "flow_lost"):
+            if name in self._old.switch.maps:
+                copy_changed(self._old.switch, self._new.switch, name)
         host = self._old.kernel.counters.get(0)
         if host is not None:
             self._new.counters.set(0, host)
@@ -216,6 +220,7 @@ class Takeover:
         self._new.switch.keep_own_programs()
         for instance in self._instances.values():
             self._close(instance)
+        self._flows.close()
 
     def _count_held(self) -> None:
         """What the old programs put into hold taps since their counters were copied."""
@@ -245,8 +250,11 @@ class Takeover:
         instance = self._instances.get(slot) or self._old.instance(slot)  # its slot is what counts: the port is active
         ended = [0] * len(_ENDED)
         for table in self._old.counted(slot):
-            for amounts in self._parts.connections.account(instance, table)[1].values():
+            late = self._parts.connections.account(instance, table)[1]
+            self._flows.late(slot, late)
+            for amounts in late.values():
                 ended = [one + other for one, other in zip(ended, amounts, strict=True)]
+        moved_flows.carry(self._flows, self._old, slot)
         self._carry(self._old.entries[slot], dict(zip(_ENDED, ended, strict=True)))
 
     def _carry(self, entry: PortEntry, ended: dict[str, int]) -> None:
