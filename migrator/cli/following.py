@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,7 @@ OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 AGAIN_S = (0.1, 0.2, 0.5, 1.0, 2.0)
-WAITING_MAX = 100
+WAITING_MAX = 10
 """Messages of agents, each of 1 MiB at most, that wait for whoever prints them or runs commands: then agents wait."""
 
 
@@ -85,11 +86,16 @@ class Follower:
     _peers: dict[str, str] = field(default_factory=dict)
     _ports: dict[tuple[str, str], str] = field(default_factory=dict)  # -> host
     _named: set[tuple[str, str]] = field(default_factory=set)  # objects of the snapshot that comes
+    _missed: set[str] = field(default_factory=set)  # hosts without an address, which were warned of
     _here: set[tuple[str, str]] = field(default_factory=set)  # what the one agent has told
     _known: bool = False
+    _said: deque[list[Change] | Error] = field(default_factory=deque)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _room: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
         """Until it is cancelled. Raises what the first stream is refused with; later ones are tried again."""
+        deliverer = asyncio.create_task(self._deliver())
         try:
             if self.ways.socket:
                 await self._one_agent()
@@ -97,7 +103,7 @@ class Follower:
                 async for change in self._again("the coordinator", self._objects):
                     await self._object(change)
         finally:
-            tasks = [host.task for host in self._hosts.values()]
+            tasks = [deliverer, *(host.task for host in self._hosts.values())]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -168,7 +174,11 @@ class Follower:
     def _connect(self) -> None:
         """A stream to each host where one of the ports is, and to no other."""
         vms = frozenset(vm for vm, _ in self._ports) if self.wanted.vm else frozenset()
-        needed = {host: (self._peers[host], vms) for host in self._ports.values() if self._peers.get(host)}
+        hosts = sorted({host for host in self._ports.values() if host})
+        needed = {host: (self._peers[host], vms) for host in hosts if self._peers.get(host)}
+        for name in set(hosts) - needed.keys() - self._missed:
+            self._missed.add(name)
+            self.warn(f"the agent of {name} has not said yet where it is: its ports are not watched until it does")
         for name, host in list(self._hosts.items()):
             if needed.get(name) != host.key:
                 self._hosts.pop(name).task.cancel()
@@ -186,7 +196,7 @@ class Follower:
             async for update in self._again(host, lambda: self._updates(host, peer, request), host=host):
                 await self._update(host, update)
         except Error as error:
-            await asyncio.to_thread(self.give, error)
+            self._put(error)
 
     async def _one_agent(self) -> None:
         self._known = True
@@ -212,9 +222,9 @@ class Follower:
         elif update.what == "current":
             await self._told(host)
         elif update.what == "gone":
-            if self.ways.socket:
+            if (update.vm, update.mac) not in self._ports:  # where it has gone no coordinator says
                 await self._say(self.view.leave(update.vm, update.mac, host, update.epoch, update.time))
-        elif self.ways.socket or (update.vm, update.mac) in self._ports:
+        else:
             self._here.add((update.vm, update.mac))
             tables = [decode_section(sealed).table for sealed in update.sections]
             known = tuple(table for table in tables if table is not None)
@@ -240,7 +250,24 @@ class Follower:
             await self._say([Change("current", "", snapshot=True)])
 
     async def _say(self, changes: Iterable[Change]) -> None:
+        """Changes in the order in which the view found them. Who is cancelled while there is no room has said it."""
         if said := list(changes):
+            self._put(said)
+            while len(self._said) > WAITING_MAX:
+                self._room.clear()
+                await self._room.wait()
+
+    def _put(self, said: list[Change] | Error) -> None:
+        self._said.append(said)
+        self._news.set()
+
+    async def _deliver(self) -> None:
+        while True:
+            while not self._said:
+                self._news.clear()
+                await self._news.wait()
+            said = self._said.popleft()
+            self._room.set()
             await asyncio.to_thread(self.give, said)
 
 

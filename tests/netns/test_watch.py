@@ -16,7 +16,7 @@ from migrator.lab.processes import wait_until
 from .traffic import Conversations
 from .world import SERVICE, World
 
-SHORT_MS = 2_000  # connections that are closed leave the table within a test
+SHORT_MS = 6_000  # connections that are closed leave the table within a test, and are seen by a host that is busy
 NEWCOMERS_PER_S = 60
 
 

@@ -34,10 +34,13 @@ from tests.contract.samples import sample
 from tests.unit.pair import MACS, VM, World, connections, eventually, world
 
 QUICK = 0.1
+OTHER = "8d9e3c1a-1111-4c0e-9d5e-3f2b8a1c0d02"
 
 
 class Heard:
     """What a follower of a VM has heard."""
+
+    follower: Follower
 
     def __init__(self) -> None:
         self.changes: list[Change] = []
@@ -72,12 +75,12 @@ class Heard:
 
 
 @asynccontextmanager
-async def following(w: World, ways: Ways | None = None, **request: Any) -> AsyncIterator[Heard]:
+async def following(w: World, ways: Ways | None = None, vm: str = VM, **request: Any) -> AsyncIterator[Heard]:
     heard = Heard()
     request = {"kinds": ["conntrack"], "interval_s": QUICK, **request}
-    wanted = Wanted(pb.StateRequest(**request), vm=VM)
+    wanted = Wanted(pb.StateRequest(**request), vm=vm)
     ways = ways or Ways(Transport(w.tls("operator", "x")), coordinator=w.address)
-    follower = Follower(wanted, ways, heard.give, heard.warnings.append)
+    follower = heard.follower = Follower(wanted, ways, heard.give, heard.warnings.append)
     task = asyncio.create_task(follower.run())
     try:
         await eventually(heard.current)
@@ -227,6 +230,43 @@ def test_a_port_that_is_withdrawn_has_left(tmp_path: Path) -> None:
             assert heard.changes[-1].mac == MACS[0] and not heard.ops()["removed"]
 
     run(tmp_path, test)
+
+
+def test_whatever_comes_to_the_cluster_is_watched(tmp_path: Path) -> None:
+    """A VM that nobody knew, told by the coordinator and by its agent in whatever order."""
+    other, mac = OTHER, "52:54:00:00:00:09"
+
+    async def test(w: World) -> None:
+        async with following(w, vm="") as heard:
+            port = pb.Port(vm=other, mac=mac, network="blue", host="b", device="tap9", policy="web", name="new")
+            w.cluster.apply(pb.ApplyRequest(config=pb.Config(ports=[port])))
+            await eventually(lambda: heard.ops("port")["arrived"] == 3)
+            change = heard.changes[-1]
+            assert (change.op, change.vm, change.host, change.snapshot) == ("arrived", other, "b", False)
+            w.cluster.remove(pb.Removal(sort="port", name=f"{other}/{mac}"))
+            await eventually(lambda: heard.ops("port")["left"] == 1)
+            early = pb.StateUpdate(what="here", vm=other, mac=mac, epoch=9)
+            await heard.follower._update("a", early)
+            await eventually(lambda: heard.changes[-1].op == "arrived")
+            early.what = "gone"
+            await heard.follower._update("a", early)
+            await eventually(lambda: heard.changes[-1].op == "left")
+
+    run(tmp_path, test, guests="none")
+
+
+def test_a_host_that_nobody_can_reach_keeps_no_other_from_being_watched(tmp_path: Path) -> None:
+    async def test(w: World) -> None:
+        await w.stop("b")
+        port = pb.Port(vm=OTHER, mac="52:54:00:00:00:09", network="blue", host="b", device="tap9", policy="web")
+        w.cluster.apply(pb.ApplyRequest(config=pb.Config(ports=[port])))
+        async with following(w, vm="") as heard:
+            assert heard.ops("port")["arrived"] == 2 and any("trying again" in line for line in heard.warnings)
+            await w.agent("b")
+            await eventually(lambda: heard.ops("port")["arrived"] == 3, 10.0)
+            assert not heard.changes[-1].snapshot and not heard.ops("")["lost"]
+
+    run(tmp_path, test, guests="none")
 
 
 def test_one_agent_by_itself_says_who_leaves(tmp_path: Path) -> None:
