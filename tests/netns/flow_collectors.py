@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from migrator.lab import netns
-from migrator.lab.machines import Machine
+from migrator.lab.machines import GUEST_DEVICE, Machine
 from migrator.lab.processes import wait_until
 from migrator.lab.topology import Lab
 
@@ -189,7 +189,11 @@ class Truth:
 }
 """
 
-    def __init__(self, lab: Lab, machine: Machine) -> None:
+    def __init__(self, lab: Lab, machine: Machine, *others: Machine) -> None:
+        """`others` send to it. Nobody joins segments: a guest's kernel would count them as one packet."""
+        for one in (machine, *others):
+            off = ["ethtool", "-K", GUEST_DEVICE, "tso", "off", "gso", "off", "gro", "off"]
+            netns.run(netns.inside(lab.name(one.name), off))
         self._namespace = lab.name(machine.name)
         netns.run(netns.inside(self._namespace, ["nft", "-f", "-"]), self.RULES)
 

@@ -30,13 +30,6 @@ def export(world: World, vm: Machine, **document: Any) -> None:
     world.cluster.apply(ports=[{**message, "host": vm.place() or vm.host, "kinds": kinds}])
 
 
-def shown(world: World, vm: Machine, host: str) -> dict[str, Any]:
-    """The port's record of kind flow_export, with its counters."""
-    done = world.cluster.cli("port", "show", f"{vm.uuid}/{vm.ports[0].mac}", "--json", host=host)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
-
-
 class Bursts:
     """Datagrams of many short flows to the guest: each batch ends some and begins others."""
 
@@ -65,7 +58,7 @@ class Bursts:
 def test_three_moves_are_counted_exactly(world: World, tmp_path: Path, version: str) -> None:
     vm, peer = world.vm("h1", timeouts_ms=SHORT_MS), world.peer("h3")
     collectors = Collectors(world.cluster, tmp_path)
-    truth = Truth(world.cluster, vm)
+    truth = Truth(world.cluster, vm, peer)
     with collectors.running():
         document = {"version": version, "collectors": collectors.endpoints, "source": EXPORTER}
         export(world, vm, **document, active_timeout_s=1, inactive_timeout_s=1, template_refresh_s=2, domain=4711)
