@@ -14,14 +14,14 @@ from datapath.state.kind import Record
 from datapath.state.remap import RemapDocument
 
 from . import frames
-from .frames import ICMP6, IPV4, IPV6, TCP, UDP, checksum, mac
+from .frames import ICMP6, IPV4, IPV6, TCP, UDP, checksum, mac, mac_bytes
 from .lab import Lab, Wire, wait_for
 from .model import MODEL
 from .test_acl_reject import pseudo_sum, send_unfinished
 
 A, B = mac(1), mac(2)
-ICMP, UDPLITE, SCTP = 1, 136, 132
-CHECK_AT = {TCP: 16, UDP: 6, UDPLITE: 6, ICMP: 2, ICMP6: 2}
+ICMP, DCCP, UDPLITE, SCTP = 1, 33, 136, 132
+CHECK_AT = {TCP: 16, UDP: 6, DCCP: 6, UDPLITE: 6, ICMP: 2, ICMP6: 2}
 INSIDE, OUTSIDE, SERVICE, PEER = "10.0.0.5", "203.0.113.10", "203.0.113.11", "192.0.2.9"
 INSIDE6, OUTSIDE6, SERVICE6, PEER6 = "fd00::5", "2001:db8::10", "2001:db8::11", "2001:db8:9::9"
 RULES = [
@@ -97,7 +97,7 @@ def names(v6: bool) -> tuple[str, str, str, str]:
 
 
 @BOTH
-@pytest.mark.parametrize("proto", [TCP, UDP, UDPLITE, SCTP, ICMP])
+@pytest.mark.parametrize("proto", [TCP, UDP, UDPLITE, DCCP, SCTP, ICMP])
 def test_a_whole_address_both_ways(lab: Lab, wires: tuple[Wire, Wire], proto: int, v6: bool) -> None:
     inside, outside, _, peer = names(v6)
     proto = ICMP6 if proto == ICMP and v6 else proto
@@ -251,6 +251,8 @@ def test_dhcp_is_spoken_with_the_inside_address(wires: tuple[Wire, Wire]) -> Non
     ask, answer = body_of(UDP, 68, 67), body_of(UDP, 67, 68)
     crossed(wires, 0, packet(INSIDE, PEER, UDP, ask), packet(INSIDE, PEER, UDP, ask))
     crossed(wires, 1, packet(PEER, INSIDE, UDP, answer), packet(PEER, INSIDE, UDP, answer))
+    other = body_of(UDP, 68, 999)
+    crossed(wires, 0, packet(INSIDE, PEER, UDP, other), packet(OUTSIDE, PEER, UDP, other))
 
 
 def test_later_fragments_go_with_their_address(wires: tuple[Wire, Wire]) -> None:
@@ -287,3 +289,49 @@ def test_a_port_without_the_feature_remaps_nothing(lab: Lab, wires: tuple[Wire, 
     lab.change_port(1, features=0)
     same = packet(INSIDE, PEER, UDP, body_of(UDP, 1000, 2000))
     crossed(wires, 0, same, same)
+
+
+def test_a_checksum_that_comes_to_nothing(wires: tuple[Wire, Wire]) -> None:
+    """RFC 768: that of a datagram within an error is written as all ones, for none is zero."""
+    port = next(p for p in range(1024, 65_536) if udp_sum(INSIDE, PEER, body_of(UDP, p, 999)) == 0)
+    seen, sent = (packet(source, PEER, UDP, body_of(UDP, port, 999)) for source in (OUTSIDE, INSIDE))
+    crossed(wires, 1, error(PEER, OUTSIDE, seen), error(PEER, INSIDE, sent))
+
+
+def udp_sum(source: str, target: str, body: bytes) -> int:
+    return checksum(packed(source) + packed(target) + struct.pack("!HH", UDP, len(body)) + body)
+
+
+def test_an_error_about_an_address_without_a_rule(wires: tuple[Wire, Wire]) -> None:
+    same = error(PEER, "10.0.0.77", packet("10.0.0.77", PEER, UDP, body_of(UDP, 1, 2)))
+    crossed(wires, 1, same, same)
+
+
+def test_an_error_about_what_the_guest_cannot_have_sent(lab: Lab, wires: tuple[Wire, Wire]) -> None:
+    """From that port it leaves with the other address."""
+    wires[1].send(framed(A, B, error(PEER, OUTSIDE, packet(OUTSIDE, PEER, TCP, body_of(TCP, 8443, 999)))))
+    wait_for(lambda: lab.drops(1) == {MODEL.DROP_REMAP: 1}, "the drop")
+
+
+@BOTH
+def test_a_packet_that_ends_before_its_checksum_is_dropped(lab: Lab, wires: tuple[Wire, Wire], v6: bool) -> None:
+    inside, _, _, peer = names(v6)
+    body = struct.pack("!HH", 1000, 2000)
+    short = frames.ipv6(inside, peer, UDPLITE, body) if v6 else frames.ipv4(inside, peer, UDPLITE, body)
+    wires[0].send(mac_bytes(B) + mac_bytes(A) + struct.pack("!H", IPV6 if v6 else IPV4) + short)
+    wait_for(lambda: lab.drops(1) == {MODEL.DROP_REMAP: 1}, "the drop")
+
+
+def test_what_is_not_ip_passes(wires: tuple[Wire, Wire]) -> None:
+    for direction, ends in enumerate(((B, A), (A, B))):
+        frame = frames.ethernet(*ends, 0x88B5, b"of no protocol stack")
+        wires[direction].send(frame)
+        assert wires[1 - direction].receive() == frame
+
+
+def test_an_inside_address_of_which_only_ports_have_rules(lab: Lab, wires: tuple[Wire, Wire]) -> None:
+    """It is the network's as well."""
+    load(lab, 2, [{"outside": SERVICE, "inside": PEER, "protocol": "tcp", "outside_port": 443, "inside_port": 8443}])
+    there, back = body_of(ICMP, 1, 0), body_of(ICMP, 2, 0)
+    crossed(wires, 0, packet(INSIDE, PEER, ICMP, there), packet(OUTSIDE, PEER, ICMP, there))
+    crossed(wires, 1, packet(PEER, OUTSIDE, ICMP, back), packet(PEER, INSIDE, ICMP, back))

@@ -31,6 +31,7 @@ from .test_remap import (
     crossed,
     error,
     framed,
+    load,
     packed,
     packet,
     wires,
@@ -98,6 +99,28 @@ def test_what_it_is_told_by_arp_is_to_its_inside_address(wires: tuple[Wire, Wire
     assert wires[0].receive().hex() == arp(1, (B, PEER), (NOBODY, "10.0.0.77")).hex()
 
 
+STRANGE = [  # hardware, protocol, sizes
+    (1, IPV6, 6, 4),
+    (1, IPV4, 8, 4),
+    (1, IPV4, 6, 16),
+]
+
+
+@pytest.mark.parametrize("head", [*STRANGE, None])
+def test_arp_of_other_protocols_is_left_alone(wires: tuple[Wire, Wire], head: tuple[int, ...] | None) -> None:
+    body = struct.pack("!HHBBH", *(head or STRANGE[0]), 1) + packed(OUTSIDE) * 5
+    for direction, own in enumerate((A, B)):
+        frame = mac_bytes(BROADCAST) + mac_bytes(own) + struct.pack("!H", ARP) + (body if head else body[:8])
+        wires[direction].send(frame)
+        assert wires[1 - direction].receive() == frame
+
+
+def test_the_sender_of_which_only_ports_have_rules_stays(lab: Lab, wires: tuple[Wire, Wire]) -> None:
+    load(lab, 2, [{"outside": SERVICE, "inside": PEER, "protocol": "tcp", "outside_port": 443}])
+    wires[1].send(arp(2, (B, PEER), (A, OUTSIDE), A))
+    assert wires[0].receive().hex() == arp(2, (B, PEER), (A, INSIDE), A).hex()
+
+
 @pytest.mark.parametrize("asked", [OUTSIDE6, SERVICE6])
 @pytest.mark.parametrize("option", [0, 1])
 def test_who_asks_by_discovery_is_answered(lab: Lab, wires: tuple[Wire, Wire], asked: str, option: int) -> None:
@@ -118,6 +141,21 @@ def test_a_solicitation_that_a_router_passed_on_is_not_answered(lab: Lab, wires:
     """RFC 4861, 7.1.1: its hop limit is less than 255; the guest drops it."""
     wires[1].send(frames.nd(PEER6, 135, OUTSIDE6, B, sender=B, hops=254))
     assert wires[0].receive()[12:14] == b"\x86\xdd"
+    assert lab.drops(1) == {}
+
+
+def test_other_solicitations_are_the_guests(lab: Lab, wires: tuple[Wire, Wire]) -> None:
+    """Of an address without rules; in a fragment (RFC 6980); without a target."""
+    plain = nd(135, ("33:33:ff:00:00:77", B), PEER6, "ff02::1:ff00:77", "fd00::77")
+    short = frames.ethernet(NODES_MAC, B, IPV6, frames.ipv6(PEER6, NODES, ICMP6, bytes([135, 0, 0, 0]) + bytes(4), 255))
+    split = bytes([ICMP6, 0, 0, 1]) + bytes(4) + plain[54:]
+    fragment = frames.ethernet(NODES_MAC, B, IPV6, frames.ipv6(PEER6, NODES, 44, split, 255))
+    for frame in (plain, short[:62], fragment):
+        wires[1].send(frame)
+        assert wires[0].receive() == frame
+    own = mac_bytes(NODES_MAC) + mac_bytes(A) + short[12:62]
+    wires[0].send(own)
+    assert wires[1].receive() == own
     assert lab.drops(1) == {}
 
 
@@ -214,6 +252,10 @@ def test_announcements_of_outside_addresses_pass_anti_spoofing(lab: Lab, wires: 
         packet(INSIDE, PEER, UDP, body_of(UDP, 1000, 2000)),
         packet(OUTSIDE, PEER, UDP, body_of(UDP, 1000, 2000)),
     )
+    wires[0].send(arp(1, (A, "203.0.113.99"), (NOBODY, "203.0.113.99")))
+    wires[0].send(nd(136, (NODES_MAC, A), INSIDE6, NODES, "2001:db8::99", OVERRIDE, 2))
+    claims = {MODEL.DROP_SPOOF_ARP: 1, MODEL.DROP_SPOOF_ND: 1}
+    wait_for(lambda: lab.drops(1) == claims, "the drops of claims")
     for claimed, peer in ((OUTSIDE, PEER), (OUTSIDE6, PEER6)):
         wires[0].send(framed(B, A, packet(claimed, peer, UDP, body_of(UDP, 1000, 2000))))
-    wait_for(lambda: lab.drops(1) == {MODEL.DROP_SPOOF_ADDRESS: 2}, "the drops")
+    wait_for(lambda: lab.drops(1) == claims | {MODEL.DROP_SPOOF_ADDRESS: 2}, "the drops")

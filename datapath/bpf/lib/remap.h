@@ -16,9 +16,8 @@
 /* DHCP is spoken past any remapping: its messages name the inside address (RFC 2131). */
 static __always_inline int remap_is_dhcp(const struct packet *pkt)
 {
-	return pkt->l3 == L3_IPV4 && pkt->proto == IPPROTO_UDP &&
-	       ((pkt->lport == bpf_htons(68) && pkt->rport == bpf_htons(67)) ||
-		(pkt->lport == bpf_htons(67) && pkt->rport == bpf_htons(68)));
+	return pkt->l3 == L3_IPV4 && pkt->proto == IPPROTO_UDP && pkt->lport == bpf_htons(DHCP_CLIENT) &&
+	       pkt->rport == bpf_htons(DHCP_SERVER);
 }
 
 static __noinline int remap_packet(struct __sk_buff *skb, struct port *port, struct packet *pkt, __u32 side)
