@@ -70,7 +70,7 @@ def marks(cluster: StandingCluster) -> list[str]:
 @contextlib.contextmanager
 def killable(traffic: type[Traffic] = Traffic, **attributes: str) -> Iterator[Bench]:
     """With libvirt's hook. `attributes`: of the guest's metadata."""
-    options = {"redirect_idle_s": 3.0, "settle_s": 10.0}
+    options = {"redirect_idle_s": 1.0, "settle_s": 10.0}
     with Killable(networks=NETWORKS, guests={"driver": "libvirt"}, migration_options=options) as cluster:
         install(cluster)
         cluster.apply(policies=[OUT, OPEN])

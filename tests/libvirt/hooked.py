@@ -44,7 +44,7 @@ FOLLOWED_MAX = 2
 def hooked(**guests: Any) -> Iterator[LibvirtCluster]:
     """Two libvirt hosts h1 and h2 with hook and agent, h3 for peers. `guests`: options of libvirt's driver."""
     driver = {"driver": "libvirt", **guests}
-    with LibvirtCluster(networks=NETWORKS, guests=driver, migration_options={"redirect_idle_s": 3.0}) as cluster:
+    with LibvirtCluster(networks=NETWORKS, guests=driver, migration_options={"redirect_idle_s": 1.0}) as cluster:
         install(cluster)
         cluster.apply(policies=[OUT, OPEN])
         yield cluster

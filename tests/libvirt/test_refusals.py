@@ -28,7 +28,7 @@ class Unequal(LibvirtCluster):
     """h1 has a second uplink, h2 has room for one port, h3 has a switch that cannot track connections."""
 
     def __init__(self) -> None:
-        options = {"redirect_idle_s": 3.0}
+        options = {"redirect_idle_s": 1.0}
         machines = ("h1", "h2", "h3")
         super().__init__(machines, machines, networks=NETWORKS, guests={"driver": "libvirt"}, migration_options=options)
 
