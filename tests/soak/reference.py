@@ -14,13 +14,15 @@ broken meanwhile. What is allowed by what was done:
 | a host is cut off | those of machines that were there, or came | too | degraded too |
 | a port is removed, or restored | those of its VM | none | |
 
-Never: a datagram twice, one that no version of the policy allowed, an answer with a wrong byte; a connection that every
-version allowed and whose ports stayed is never lost, one that the last version forbids never lives on.
+Never: a datagram twice, one that no versions of the policy at its two ends allowed, an answer with a wrong byte; a
+connection that every version allowed and whose ports stayed is never lost, one that the last version forbids never lives
+on.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -194,11 +196,16 @@ class Model:
 
     def allowed(self, flow: Flow) -> str:
         """Datagrams of a flow: always, never, or it changed in this step."""
-        words = {
-            c.verdict(flow.sender, flow.receiver, flow.network, "udp", flow.port, six=False) == "allow"
-            for c in self.versions
+        passes = {
+            (sends.judge(flow.sender, "from", "udp", self._address(flow.receiver, flow), flow.port)[0] == "allow")
+            and (takes.judge(flow.receiver, "to", "udp", self._address(flow.sender, flow), flow.port)[0] == "allow")
+            for sends, takes in itertools.product(self.versions, repeat=2)  # each host changes when it hears of it
         }
-        return "changed" if len(words) > 1 else "always" if words == {True} else "never"
+        return "changed" if len(passes) > 1 else "always" if passes == {True} else "never"
+
+    @staticmethod
+    def _address(machine: str, flow: Flow) -> str:
+        return EVERYBODY[machine].address(flow.network, six=False)
 
     def flows_now(self, flow: Flow) -> bool:
         return self.config.verdict(flow.sender, flow.receiver, flow.network, "udp", flow.port, six=False) == "allow"

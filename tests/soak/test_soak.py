@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import os
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.soak import reference
 from tests.soak.plan import KINDS, Rule, Try, steps
 from tests.soak.reference import OWN, WHOLE, Config, Model
 from tests.soak.run import chosen, run, say
+from tests.soak.scene import FLOWS
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "2.5"))  # with what is made before and taken away afterwards: three
 SEED = int(os.environ.get("SEED", "1"))
@@ -42,6 +44,18 @@ def test_the_reference_has_no_line_of_the_product() -> None:
     imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     assert not [name for name in imported if name.startswith(("migrator", "datapath"))]
+
+
+@pytest.mark.parametrize(("first", "second", "word"), [("v2", "v1", "never"), ("v1", "v2", "changed")])
+def test_what_two_hosts_let_through_while_they_hear_of_a_change(first: str, second: str, word: str) -> None:
+    """Neither version lets v1's datagrams to v2: one end forbids them before, the other one afterwards."""
+    flow = next(flow for flow in FLOWS if (flow.sender, flow.receiver) == ("v1", "v2"))
+    model = Model()
+    whole, shut = model.config.rules["v1"], ()
+    before = replace(model.config, rules={**model.config.rules, "v1": whole, "v2": shut})
+    after = replace(before, rules={**before.rules, first: shut, second: whole})
+    model.config, model.versions = after, [before, after]
+    assert model.allowed(flow) == word
 
 
 @pytest.mark.parametrize(
