@@ -64,7 +64,8 @@ class Filter:
                 values: NDArray[Any] = table.columns[match.field]
             else:
                 values = np.empty(len(table), object)
-                values[:] = [record.get(match.field) for record in table.records or ()]
+                for row, record in enumerate(table.records or ()):  # at once, lists would become dimensions
+                    values[row] = record.get(match.field)
             keep &= test(values) != match.negated
         return keep
 
@@ -112,12 +113,12 @@ def _of_column(column: Column, name: str, value: str) -> Test:
 
 def _number(name: str, value: str, labels: Sequence[str] = ()) -> Test:
     bounds = _RANGE.fullmatch(value)
-    if bounds:
-        first, last = int(bounds[1]), int(bounds[2])
-        return lambda values: (values >= first) & (values <= last)
     try:
+        if bounds:
+            first, last = int(bounds[1]), int(bounds[2])
+            return lambda values: (values >= first) & (values <= last)
         number = int(value, 0)
-    except ValueError:
+    except ValueError:  # also one of thousands of digits
         wanted = f"one of {', '.join(labels)} or a number" if labels else "a number or FIRST-LAST"
         raise ConfigInvalid(f"match: {name}: expected {wanted}, not {value!r}") from None
     return lambda values: values == number

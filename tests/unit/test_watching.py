@@ -155,6 +155,15 @@ def test_filters_of_macs_and_records() -> None:
     assert matching(rules, "priority=100", "protocol=icmp") == [2]
     assert matching(rules, "log=true") == [0, 7]
     assert matching(rules, "protocol=47") == [4, 9]
+    port = sample("port", 1)
+    assert matching(port, "addresses=10.0.0.5", "antispoof=true", "mtu=1500", "timeouts_ms=udp") == [0]
+    assert matching(port, "addresses=10.0.0.6") == matching(port, "policy!=web") == []
+
+
+@pytest.mark.parametrize("number", ["65536", str(1 << 64), str(1 << 70), f"0-{1 << 70}", "-1", "0x50"])
+def test_numbers_of_any_size_are_compared(number: str) -> None:
+    given_ = table(rport=[80, 443], mark=[0, 1])
+    assert matching(given_, f"rport={number}") == {"0x50": [0], f"0-{1 << 70}": [0, 1]}.get(number, [])
 
 
 @pytest.mark.parametrize("text", ["", "proto", "=tcp", "proto=", "proto=tcp,", "!=3"])
@@ -172,6 +181,8 @@ def test_what_is_no_filter_is_refused(text: str) -> None:
         ("conntrack", Match("raddr", ("10.0.0",)), "an address or prefix"),
         ("conntrack", Match("state", ("OPEN",)), "expected one of NONE"),
         ("conntrack", Match("rport", ("http",)), "a number or FIRST-LAST"),
+        ("conntrack", Match("rport", ("1-" + "9" * 5000,)), "a number or FIRST-LAST"),
+        ("conntrack", Match("rport", ("9" * 5000,)), "a number or FIRST-LAST"),
         ("fdb", Match("mac", ("06:11",)), "expected a MAC"),
     ],
 )
