@@ -15,8 +15,8 @@ broken meanwhile. What is allowed by what was done:
 | a port is removed, or restored | those of its VM | none | |
 
 Never: a datagram twice, one that no versions of the policy at its two ends allowed, an answer with a wrong byte; a
-connection that every version allowed and whose ports stayed is never lost, one that the last version forbids never lives
-on.
+connection that every version allowed and whose ports stayed is never lost, one that the last version forbids never
+lives on.
 """
 
 from __future__ import annotations
