@@ -2,6 +2,8 @@
 
 Outputs, by the field `output`: "device" a network device of the host that the VM runs on; "port" the port of another
 VM, wherever either of the two runs; "network" the VLAN of an uplink network; "remote" an address that takes VXLAN.
+A record without a name, with output ACCEPT, is no mirror: it says that the port takes copies of others, which pass its
+policy; one that does not say so gets none.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from datapath.state.kind import Kind, Nature, Record
 MIRRORS_MAX = 8
 """Of one port."""
 SNAP_MIN = 64
+ACCEPT = "accept"
 VNI_MAX = (1 << 24) - 1
 
 
@@ -108,9 +111,10 @@ class Session(BaseModel):
 
 
 class MirrorDocument(Document):
-    """`mirror` at a port: its mirrors."""
+    """`mirror` at a port: its mirrors, and whether it is the output of others."""
 
-    sessions: tuple[Session, ...] = Field(max_length=MIRRORS_MAX)
+    sessions: tuple[Session, ...] = Field(default=(), max_length=MIRRORS_MAX)
+    takes_copies: bool = False
 
     @model_validator(mode="after")
     def _are_distinct(self) -> Self:
@@ -121,7 +125,12 @@ class MirrorDocument(Document):
         return self
 
     def records(self) -> list[Record]:
-        return [session.record() for session in self.sessions]
+        return [*(session.record() for session in self.sessions), *([_accept()] if self.takes_copies else [])]
+
+
+def _accept() -> Record:
+    texts = dict.fromkeys(("name", "device", "vm", "mac", "network", "address"), "")
+    return {**texts, "direction": "to", "vlans": [], "snap_bytes": 0, "output": ACCEPT, "vni": 0}
 
 
 MIRROR = Kind(
@@ -130,7 +139,7 @@ MIRROR = Kind(
     nature=Nature.CONFIGURATION | Nature.ACCOUNTING,
     key=("name",),
     fields={
-        "name": (str,),
+        "name": (str,),  # "" with output ACCEPT
         "direction": (str,),  # what the guest sends, what it gets, or both
         "vlans": (list,),  # ids of the tags on the guest's wire, 0 untagged; [] all
         "snap_bytes": (int,),  # so much of each frame is copied; 0 all
@@ -149,7 +158,7 @@ MIRROR = Kind(
     defaults={"vlans": [], "snap_bytes": 0, "device": "", "vm": "", "mac": "", "network": "", "address": "", "vni": 0},
     choices={
         "direction": frozenset({"from", "to", "both"}),
-        "output": frozenset({"device", "port", "network", "remote"}),
+        "output": frozenset({"device", "port", "network", "remote", ACCEPT}),
     },
     document=MirrorDocument,
 )

@@ -133,6 +133,25 @@ def test_only_chosen_vlans(lab: Lab, vlans: tuple[int, ...], chosen: list[int]) 
     assert counted(lab, 1)[0] == len(chosen)
 
 
+def test_a_port_with_all_the_mirrors_that_it_may_have(lab: Lab) -> None:
+    a, b = two(lab)
+    out = to_device(lab, 1, 0, directions=FROM)
+    for number in range(1, MODEL.MIRRORS_MAX):
+        mirror(lab, 1, number, output=MODEL.MIRROR_NONE, directions=0)
+    frame = datagram(B, A)
+    a.send(frame)
+    assert out.receive() == b.receive() == frame
+
+
+def test_a_mirror_without_counters_copies(lab: Lab) -> None:
+    """For a moment, when its maps have been taken over by another version."""
+    a, _ = two(lab)
+    out = to_device(lab, 1, directions=FROM)
+    lab.switch.maps["mirror_counts"].delete(struct.pack("=I", MODEL.MIRRORS_MAX))
+    a.send(datagram(B, A))
+    assert out.receive() == datagram(B, A)
+
+
 # ---- snap length ----
 
 
@@ -229,6 +248,16 @@ def test_a_port_that_cannot_take_it_costs_the_copy(lab: Lab, fields: dict[str, i
     assert monitor.waiting() == [] and counted(lab, 1) == (0, 0, 2)
 
 
+@pytest.mark.parametrize("slot", [0, 5, 1 << 20], ids=["none", "without a device", "out of range"])
+def test_a_name_that_leads_nowhere_costs_the_copy(lab: Lab, slot: int) -> None:
+    a, b = two(lab)
+    lab.set_port(5, M, ifindex=0)
+    known(lab, NAME, slot)
+    to_port(lab, 1, NAME)
+    converse(a, b)
+    assert counted(lab, 1) == (0, 0, 2)
+
+
 def test_a_port_that_has_just_come_takes_copies_though_its_gate_is_shut(lab: Lab) -> None:
     a, b = two(lab)
     flags = MODEL.PORT_F_STATELESS | MODEL.PORT_F_AWAITS_SOURCE
@@ -264,6 +293,16 @@ def test_a_vlan_of_an_uplink_gets_copies_within_its_tag(lab: Lab, vlan: int) -> 
     assert network.waiting() == []
     if vlan:
         assert b.receive() == datagram(B, A)
+
+
+def test_a_copy_in_a_vlan_is_cut_before_its_outer_tag(lab: Lab) -> None:
+    cutter(lab)
+    a, _ = trunk(lab)
+    uplink, network = lab.uplink(mac(0x40))
+    mirror(lab, 1, output=MODEL.MIRROR_VLAN, target=uplink, vid=99, snap=80)
+    frame = datagram(B, A, bytes(range(200)), vlan=7)
+    a.send(frame)
+    assert network.receive() == tagged(frame[:80], 99)
 
 
 def test_an_untagged_uplink_gets_copies_as_they_are(lab: Lab) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from .frames import datagram, mac
+from .frames import SERVICE_VLAN, datagram, ethernet, mac
 from .lab import UNDERLAY, UNDERLAY6, Lab, Wire, wait_for
 from .mirrors import FROM, counted, cutter, known, mirror, to_port
 from .model import MODEL
-from .test_forward_tunnel import CHANNEL, FAR, THIRD, arrive, leave, left, redirected
+from .test_forward_tunnel import CHANNEL, FAR, REMOTE, THIRD, VNI, arrive, leave, left, overlay, redirected
 
 A, B, M = mac(1), mac(2), mac(9)
 NAME = (0xABC123, 0x5A5)
@@ -134,6 +134,17 @@ def test_a_copy_is_no_redirect(lab: Lab) -> None:
     arrive(outside, UNDERLAY, CHANNEL, 0xFFFF, datagram(B, A))
     wait_for(lambda: sum(lab.drops(0).values()) == 1, "drop counted")
     assert lab.drops(0) == {MODEL.DROP_MIRROR: 1} and monitor.waiting() == []
+
+
+def test_a_service_tag_is_no_vlan_that_can_be_chosen(lab: Lab) -> None:
+    """It comes by an overlay; whoever mirrors all gets it, whoever chooses does not."""
+    outside, a = overlay(lab)
+    mirror(lab, 1, 0, output=MODEL.MIRROR_NONE, vlans=(0, 7))
+    mirror(lab, 1, 1, output=MODEL.MIRROR_NONE)
+    frame = ethernet(A, REMOTE, SERVICE_VLAN, b"\0\x07\x08\0")
+    arrive(outside, UNDERLAY, VNI, 0, frame)
+    assert a.receive() == frame
+    assert (counted(lab, 1, 0), counted(lab, 1, 1)) == ((0, 0, 0), (0, 0, 1))
 
 
 # ---- ports that move ----

@@ -81,6 +81,13 @@ def test_errors_say_what_was_expected(changes: dict[str, Any], expected: str) ->
     assert expected in str(caught.value)
 
 
+def test_a_port_that_takes_copies_is_no_mirror() -> None:
+    (record,) = MirrorDocument.model_validate({"takes_copies": True}).records()
+    assert (record["name"], record["output"]) == ("", "accept")
+    assert checked_records(MIRROR, Table("mirror", records=[record])) == [record]
+    assert MirrorDocument.model_validate({}).records() == []
+
+
 def test_a_name_is_a_mirrors_own() -> None:
     with pytest.raises(ValidationError, match="mirror ids is there twice"):
         records(GOOD, GOOD)

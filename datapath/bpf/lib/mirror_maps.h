@@ -22,7 +22,7 @@ struct {
 	PINNED;
 } mirror_counts SEC(".maps");
 
-struct { /* every port instance of this host, by what a copy from elsewhere says */
+struct { /* ports of this host that take copies, by what a copy from elsewhere says */
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 2 * SLOTS_DEFAULT);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

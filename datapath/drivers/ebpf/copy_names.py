@@ -1,11 +1,12 @@
-"""Which instances of this host a copy from another one is for: the map `mirror_ports`, kept for every port here.
+"""Which instances of this host a copy is for: the map `mirror_ports`, of ports that say that they take copies.
 
-Every port, because mirrors are known where the mirrored port is and not where their output is.
+They say so because copies pass the policy: whoever can send as a host of the cluster could pass that of any port else.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from datapath.drivers.ebpf.instances import Instance, Instances
 from datapath.drivers.ebpf.layout import C
@@ -24,14 +25,14 @@ def copy_key(vm: str, mac: str) -> Key:
 
 
 class CopyNames:
-    """Follows the instances that are here."""
+    """Follows the instances that are here; `accepts` says which of them take copies."""
 
-    def __init__(self, table: Table, instances: Instances) -> None:
-        self._table, self._instances = table, instances
+    def __init__(self, table: Table, instances: Instances, accepts: Callable[[Instance], bool]) -> None:
+        self._table, self._instances, self._accepts = table, instances, accepts
         instances.follow(self.update)
 
     def update(self, ref: PortRef) -> None:
-        """An instance of this port came or went."""
+        """An instance of this port came or went, or takes copies from now on, or none any more."""
         key = copy_key(ref.vm, ref.mac)
         here = self._named(key)
         if len({(one.ref.vm, one.ref.mac) for one in here}) > 1:
@@ -46,12 +47,12 @@ class CopyNames:
 
     def restore(self) -> None:
         """What an earlier run left is what is here now."""
-        known = {copy_key(one.ref.vm, one.ref.mac) for one in self._instances}
+        known = {copy_key(one.ref.vm, one.ref.mac) for one in self._instances if self._accepts(one)}
         for key in self._table.keys().tolist():
             if tuple(key) not in known:
                 self._table.delete(key)
 
     def _named(self, key: Key) -> list[Instance]:
         """The newest first."""
-        found = [one for one in self._instances if copy_key(one.ref.vm, one.ref.mac) == key]
+        found = [one for one in self._instances if self._accepts(one) and copy_key(one.ref.vm, one.ref.mac) == key]
         return sorted(found, key=lambda one: one.ref.epoch, reverse=True)

@@ -106,6 +106,9 @@ class Outputs:
         why = getattr(self, f"_without_{record['output']}")(record)
         return f"mirror {record['name']}, output {output_text(record)}: {why}" if why else ""
 
+    def _without_accept(self, record: Record) -> str:  # noqa: ARG002
+        return ""
+
     def _without_device(self, record: Record) -> str:
         if self._device(record["device"]) is not None:
             return ""

@@ -21,7 +21,7 @@ from datapath.drivers.ebpf.mirror_outputs import NOWHERE, Output, Outputs
 from datapath.errors import LoadRejected
 from datapath.provider import Place
 from datapath.state.kind import Record
-from datapath.state.mirror import MIRROR, MIRRORS_MAX, output_text
+from datapath.state.mirror import ACCEPT, MIRROR, MIRRORS_MAX, output_text
 
 if TYPE_CHECKING:
     from datapath.drivers.ebpf.running import Running
@@ -68,7 +68,7 @@ class MirrorTable(KindTable):
         kernel = parts.kernel
         self._mirrors, self._counts = kernel.mirrors, kernel.mirror_counts
         self._outputs = Outputs(parts)
-        self._names = CopyNames(kernel.mirror_ports, parts.instances)
+        self._names = CopyNames(kernel.mirror_ports, parts.instances, self._accepts)
         self._cutter = Cutter(kernel, parts.attachments, f"{parts.options.tap_prefix}c")
         self._known: dict[int, Sequence[Record]] = {}
         self._lock = threading.RLock()
@@ -78,13 +78,21 @@ class MirrorTable(KindTable):
     def apply(self, instance: Instance, records: Sequence[Record], before: Sequence[Record]) -> None:  # noqa: ARG002
         fresh = [record for record in records if record not in instance.entry.kinds.get(MIRROR.name, ())]
         problems = [why for record in fresh if (why := self._refused(instance.entry, record))]
-        if len(records) > MIRRORS_MAX:
-            problems.append(f"{len(records)} of one port, {MIRRORS_MAX} are the most")
+        if len(_mirrors(records)) > MIRRORS_MAX:
+            problems.append(f"{len(_mirrors(records))} of one port, {MIRRORS_MAX} are the most")
         if problems:
             raise LoadRejected(f"mirror: {'; '.join(problems[:5])}", hint=_HINT)
         with self._lock:
             self._known[instance.slot] = tuple(records)
             self._program(instance.slot)
+            self._names.update(instance.ref)
+
+    def _accepts(self, instance: Instance) -> bool:
+        """A stub has no mirrors any more, and sends on what comes for it."""
+        records = self._known.get(instance.slot)
+        if records is None:
+            records = instance.entry.kinds.get(MIRROR.name, ())
+        return any(record["output"] == ACCEPT for record in records)
 
     def _refused(self, entry: PortEntry, record: Record) -> str:
         """A port that is nowhere yet may come; anything else is there, or it is a mistake."""
@@ -97,7 +105,7 @@ class MirrorTable(KindTable):
 
     def _program(self, slot: int) -> None:
         """What is there already, with the same name, keeps number and counters."""
-        records = self._known.get(slot, ())
+        records = _mirrors(self._known.get(slot, ()))
         if any(record["snap_bytes"] for record in records):
             self._cutter.make()
         wanted = self._numbered(slot, records)
@@ -196,6 +204,10 @@ class MirrorTable(KindTable):
     def _totals(self, instance: Instance) -> Counts:
         with self._lock:
             return mirror_totals(self._mirrors, self._counts, instance.entry)
+
+
+def _mirrors(records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if record["output"] != ACCEPT]
 
 
 def _counted(amounts: Sequence[int]) -> Record:
