@@ -72,7 +72,20 @@ class SamplingTable(KindTable):
             self.clear(instance.slot)
             return
         with self._lock:
+            self._check_number(instance, records[0])
             self._begin(instance, records[0])
+
+    def _check_number(self, instance: Instance, record: Record) -> None:
+        """Two ports that tell as one would be a source whose numbers jump."""
+        ours = (instance.ref.vm, instance.ref.mac)
+        for other in self._agents.values():
+            ref = other.instance.ref
+            same = all(other.record[name] == record[name] for name in ("agent", "sub_agent"))
+            if same and (ref.vm, ref.mac) != ours:
+                raise LoadRejected(
+                    f"sampling: sub-agent {record['sub_agent']} of {record['agent']} is port {ref.mac} of VM {ref.vm}",
+                    hint="give each port a number of its own",
+                )
 
     def _begin(self, instance: Instance, record: Record) -> None:
         """Numbers that are in the map go on: another sub-agent is another record, and this one is cleared before."""
