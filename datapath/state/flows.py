@@ -24,8 +24,8 @@ FLOWS = Kind(
     columns={
         "id": Column("<u8"),  # of the connection, as in kind conntrack
         "ended": Column("u1", 0, values=frozenset(REASONS), labels=REASONS),
-        "lifetime_ns": Column("<u8", 0),  # since the first packet, at the table's port_time_ns
-        "unreported_ns": Column("<u8", NEVER),  # since the last record; NEVER: there was none
+        "lifetime_ns": Column("<u8", 0, volatile=True),  # since the first packet, at the table's port_time_ns
+        "unreported_ns": Column("<u8", NEVER, volatile=True),  # since the last record; NEVER: there was none
         "tcp_flags_from": Column("u1", 0),
         "tcp_flags_to": Column("u1", 0),
         "reported_packets_from": Column("<u8", 0, accounting=True),
@@ -39,7 +39,7 @@ FLOWS = Kind(
         "rport": Column("<u2", 0),
         "proto": Column("u1", 0, labels=PROTOCOLS),
         "state": Column("u1", 0, labels={v: k for k, v in STATES.items()}),
-        "age_ns": Column("<u8", 0),  # since the last packet
+        "age_ns": Column("<u8", 0, volatile=True),  # since the last packet
         "packets_from": Column("<u8", 0, accounting=True),
         "packets_to": Column("<u8", 0, accounting=True),
         "bytes_from": Column("<u8", 0, accounting=True),
