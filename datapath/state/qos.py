@@ -16,14 +16,14 @@ from datapath.state.document import Document
 from datapath.state.kind import Kind, Nature, Record
 from datapath.state.quantity import Rate, Size
 
-RATE_MIN, RATE_MAX = 64_000, 100_000_000_000
+RATE_MIN, RATE_MAX = 64_000, 32_000_000_000  # HTB knows 32 bits of bytes a second
 BURST_MAX = 1 << 30
 POLICE_BURST_MIN = 4096
 SHAPE_BURST_MIN = 1 << 18
 """A frame of a guest that leaves segmentation to the host has up to 68 KiB: the bucket and the queue each take one."""
 PRIORITY_MAX, DSCP_MAX = 7, 63
 KEEP = -1  # the code point stays as the sender set it
-_BURST_DEFAULT_S = 0.05
+_BURST_DEFAULT_S = {"shape": 0.05, "police": 0.5}  # TCP makes little of a policer with less
 
 CODE_POINTS: dict[str, int] = {
     **{f"cs{number}": number << 3 for number in range(8)},
@@ -70,7 +70,7 @@ class Way(BaseModel):
             return 0
         if self.burst is not None:
             return self.burst
-        return min(max(SHAPE_BURST_MIN, int(self.rate / 8 * _BURST_DEFAULT_S)), BURST_MAX)
+        return min(max(SHAPE_BURST_MIN, int(self.rate / 8 * _BURST_DEFAULT_S[self._mode()])), BURST_MAX)
 
     def record(self, direction: str) -> Record:
         """The record of kind `qos` for "from" or "to" the guest."""

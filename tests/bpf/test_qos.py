@@ -166,6 +166,13 @@ def test_a_shaped_frame_keeps_its_tag_and_finds_its_network(lab: Lab) -> None:
     wait_for(lambda: lab.drops(1) == {MODEL.DROP_VLAN: 1}, "a tag that is not the port's")
 
 
+def test_a_tag_that_was_taken_from_the_port_while_it_waited(lab: Lab) -> None:
+    shaped(lab, flags=MODEL.PORT_F_STATELESS | MODEL.PORT_F_TRUNK)
+    frame = datagram(B, A, b"late", vlan=8)
+    run = lab.switch.run("from_shaper", frame, socket.if_nametoindex("far3"), mark=MODEL.ABI_QOS_CLASS | 1)
+    assert (run.verdict, lab.drops(1)) == (2, {MODEL.DROP_VLAN: 1})
+
+
 def test_where_it_goes_is_looked_up_behind_the_shaper(lab: Lab) -> None:
     """What has waited while its destination moved goes to the new place."""
     a, b = shaped(lab)

@@ -25,6 +25,10 @@ def test_a_rate_alone_shapes_with_fifty_milliseconds_of_burst() -> None:
     assert records(**{"from": {"rate": "1mbit"}}) == [record(rate_bps=10**6, burst_bytes=SHAPE_BURST_MIN)]
 
 
+def test_a_policer_has_half_a_second_of_burst() -> None:
+    assert records(to={"rate": "100mbit", "mode": "police"})[0]["burst_bytes"] == 6_250_000
+
+
 def test_both_directions_and_a_mark_without_rate() -> None:
     ways = {"from": {"dscp": "AF41", "priority": 5}, "to": {"mode": "police", "rate": 64000, "burst": "8KiB"}}
     assert records(**ways) == [

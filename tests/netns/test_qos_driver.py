@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Queues on devices: who else is there, agents that start again, devices that come later, and what a move leaves."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from datapath.errors import LoadRejected
+from datapath.provider import Need, PortRef
+from datapath.state.kind import Op, Table
+from datapath.state.qos import QosDocument
+
+from .driver_lab import Guest, Host, shelf, wait_until
+
+PORT = 9000
+BOTH = {"from": {"rate": "4mbit", "burst": "256KiB"}, "to": {"rate": "4mbit", "burst": "256KiB"}}
+_SO_RCVBUFFORCE = 33
+_NUMBER = struct.Struct("!I")
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with shelf.lend(1) as (made,):
+        yield made
+
+
+def records(**ways: Any) -> list[dict[str, Any]]:
+    return QosDocument.model_validate(ways).records()
+
+
+def limit(host: Host, guest: Guest, **ways: Any) -> None:
+    host.run(lambda: host.driver.load(guest.ref, Table("qos", records=records(**ways))))
+
+
+def shown(host: Host, guest: Guest) -> dict[str, dict[str, Any]]:
+    tables = host.run(lambda: list(host.driver.dump(guest.ref, "qos")))
+    return {record["direction"]: record for table in tables for record in table.records or ()}
+
+
+def tc(host: Host, *arguments: str) -> str:
+    return host.run(
+        lambda: subprocess.run(["tc", *arguments], check=True, capture_output=True, text=True, timeout=10).stdout
+    )
+
+
+def shaper(host: Host) -> str:
+    return f"mh{host.options['instance']}-q0"
+
+
+def devices(host: Host) -> str:
+    return host.run(lambda: subprocess.run(["ip", "link"], check=True, capture_output=True, text=True).stdout)
+
+
+def test_a_qdisc_of_somebody_else_is_refused_by_name(host: Host) -> None:
+    guest = host.guest("10.0.0.1")
+    tc(host, "qdisc", "add", "dev", guest.device, "root", "handle", "1:", "htb", "default", "2")
+    with pytest.raises(LoadRejected, match=f"device {guest.device} .* qdisc htb"):
+        limit(host, guest, **BOTH)
+    assert shown(host, guest) == {}
+    assert shaper(host) not in devices(host)
+    limit(host, guest, to={"mode": "police", "rate": "4mbit"})
+
+
+def test_classes_are_there_while_a_port_shapes(host: Host) -> None:
+    guest, other = host.guest("10.0.0.1"), host.guest("10.0.0.2")
+    limit(host, guest, **BOTH)
+    limit(host, other, **{"from": {"rate": "8mbit", "priority": 5}})
+    assert "rate 4Mbit ceil 4Mbit burst 128Kb" in tc(host, "class", "show", "dev", guest.device)
+    assert sorted(line.split("rate ")[1].split()[0] for line in classes(host)) == ["4Mbit", "8Mbit"]
+    host.run(
+        lambda: host.driver.load(guest.ref, Table("qos", Op.DELETE, records=[{"direction": d} for d in ("from", "to")]))
+    )
+    assert "htb" not in tc(host, "qdisc", "show", "dev", guest.device)
+    assert len(classes(host)) == 1
+    host.run(lambda: host.driver.purge(other.ref))
+    assert shaper(host) not in devices(host)
+
+
+def classes(host: Host) -> list[str]:
+    return tc(host, "class", "show", "dev", shaper(host)).splitlines()
+
+
+def test_an_agent_that_starts_again_finds_its_classes_and_levels(host: Host) -> None:
+    guest, peer = host.guest("10.0.0.1"), host.guest("10.0.0.2")
+    limit(host, guest, **{"from": {"mode": "police", "rate": "64kbit", "burst": "64KiB"}, "to": {"rate": "4mbit"}})
+    with guest.socket(socket.SOCK_DGRAM) as out:
+        for _ in range(100):
+            out.sendto(bytes(1000), (peer.address, PORT))
+    wait_until(lambda: shown(host, guest)["from"]["dropped_packets"] > 0, "the bucket is empty")
+    before = shown(host, guest)["from"]
+    host.restart()
+    after = shown(host, guest)["from"]
+    assert before["debt_ns"] - 5e9 < after["debt_ns"] <= before["debt_ns"]
+    assert after["dropped_packets"] == before["dropped_packets"]
+    assert "rate 4Mbit" in tc(host, "class", "show", "dev", guest.device)
+    host.run(lambda: host.driver.purge(guest.ref))
+    assert "htb" not in tc(host, "qdisc", "show", "dev", guest.device)
+
+
+def test_a_device_that_comes_later_is_shaped(host: Host) -> None:
+    ref = PortRef("6f1c0f6e-8a5d-4e0e-9d3e-00000000bb01", "02:00:00:00:bb:01", 1)
+    record = {"mac": ref.mac, "network": "blue", "addresses": ["10.0.0.9"]}
+    host.run(lambda: host.driver.stage(ref, record, "later0"))
+    host.run(lambda: host.driver.load(ref, Table("qos", records=records(to={"rate": "4mbit"}))))
+    host.run(lambda: subprocess.run(["ip", "link", "add", "later0", "type", "veth", "peer", "later1"], check=True))
+    wait_until(lambda: "rate 4Mbit" in tc(host, "class", "show", "dev", "later0"), "the device has its class")
+    host.run(lambda: host.driver.purge(ref))
+    host.run(lambda: subprocess.run(["ip", "link", "del", "later0"], check=True))
+
+
+def test_a_host_that_cannot_shape_says_so(host: Host) -> None:
+    need = Need({}, [], 0, 0, {"qos": records(**BOTH)})
+    assert host.run(lambda: host.driver.probe(need)) == []
+    assert shaper(host) not in devices(host)
+    host.run(lambda: subprocess.run(["ip", "link", "add", shaper(host), "type", "bridge"], check=True))
+    (said,) = host.run(lambda: host.driver.probe(need))
+    assert said.startswith("This host cannot shape")
+    host.run(lambda: subprocess.run(["ip", "link", "del", shaper(host)], check=True))
+
+
+@pytest.mark.parametrize("direction", ["from", "to"])
+def test_what_waits_at_the_pause_leaves_before_it_whole_and_in_order(host: Host, direction: str) -> None:
+    guest, peer = host.guest("10.0.0.1"), host.guest("10.0.0.2")
+    limit(host, guest, **BOTH)
+    sender, receiver = (guest, peer) if direction == "from" else (peer, guest)
+    with sender.socket(socket.SOCK_DGRAM) as out, receiver.socket(socket.SOCK_DGRAM) as into:
+        into.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 24)
+        receiver.run(lambda: into.bind(("0.0.0.0", PORT)))
+        count = (256 << 10) // 1042 - 20  # what the bucket and the queue take together
+        began = time.monotonic()
+        for number in range(count):
+            out.sendto(_NUMBER.pack(number).ljust(1000, b"."), (receiver.address, PORT))
+        assert not host.run(lambda: host.driver.idle(guest.ref)), "half of it waits"
+        host.run(lambda: host.driver.hold(guest.ref))
+        wait_until(lambda: host.run(lambda: host.driver.idle(guest.ref)) is not False, "nothing waits any more", 5.0)
+        host.run(lambda: host.driver.quiesce(guest.ref))
+        found: list[int] = []
+        into.setblocking(False)
+
+        def arrived() -> bool:
+            try:
+                while True:
+                    found.append(_NUMBER.unpack_from(into.recv(2000))[0])
+            except BlockingIOError:
+                return len(found) >= count
+
+        wait_until(arrived, "all of them arrive", 5.0)
+        assert found == list(range(count))
+        debt_s = shown(host, guest)[direction]["debt_ns"] / 1e9
+        cost_s = count * 1042 * 8 / 4_000_000
+        assert cost_s - (time.monotonic() - began) <= debt_s <= cost_s, "what left early is paid for"
+        host.run(lambda: host.driver.resume(guest.ref))
+        back = classes(host)[0] if direction == "from" else tc(host, "class", "show", "dev", guest.device)
+        assert "rate 4Mbit" in back
