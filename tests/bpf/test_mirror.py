@@ -178,6 +178,11 @@ def test_a_copy_that_cannot_be_cut_is_counted(lab: Lab) -> None:
     assert out.waiting() == [] and counted(lab, 1) == (0, 0, 1)
 
 
+def test_a_copy_whose_mirror_is_gone_ends_at_the_cutter(lab: Lab) -> None:
+    mark = MODEL.SKB_MARK_COPY + MODEL.MIRRORS_MAX
+    assert lab.switch.run("to_cutter", datagram(B, A), mark=mark).verdict == 2  # TC_ACT_SHOT
+
+
 def test_a_cut_copy_whose_output_is_gone_is_counted(lab: Lab) -> None:
     cutter(lab)
     a, b = two(lab)

@@ -141,7 +141,7 @@ def test_a_service_tag_is_no_vlan_that_can_be_chosen(lab: Lab) -> None:
     outside, a = overlay(lab)
     mirror(lab, 1, 0, output=MODEL.MIRROR_NONE, vlans=(0, 7))
     mirror(lab, 1, 1, output=MODEL.MIRROR_NONE)
-    frame = ethernet(A, REMOTE, SERVICE_VLAN, b"\0\x07\x08\0")
+    frame = ethernet(A, REMOTE, SERVICE_VLAN, b"\0\x07\x12\x34")
     arrive(outside, UNDERLAY, VNI, 0, frame)
     assert a.receive() == frame
     assert (counted(lab, 1, 0), counted(lab, 1, 1)) == ((0, 0, 0), (0, 0, 1))

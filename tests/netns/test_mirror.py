@@ -18,7 +18,7 @@ from datapath.state.mirror import MirrorDocument
 
 from .captures import Capture, Captures, captures, same
 from .driver_lab import Guest, Host, Place, connect, give_address, shelf, wait_until
-from .test_driver_move import CHANNEL, Stream, _resolve, carry, copy, settle, twin
+from .test_driver_move import CHANNEL, Stream, carry, copy, resolve, settle, twin
 
 COLLECTOR, VNI = "198.51.100.9", 77
 
@@ -74,7 +74,7 @@ class Scene:
         self.peer = plain(self.source.guest("10.0.0.2", network=network))
         self.moved: Guest | None = None
         for one, other in ((self.peer, self.vm), (self.vm, self.peer)):
-            _resolve(one, other)
+            resolve(one, other)
 
     def wires(self, watch: Captures, expression: str = "udp") -> list[Capture]:
         """The guest's wire at both hosts."""
@@ -84,7 +84,7 @@ class Scene:
     def stage(self) -> Guest:
         self.moved = plain(twin(self.target, self.vm))
         self.target.run(lambda: self.target.driver.accept_redirect(self.moved.ref, CHANNEL, "h1"))  # type: ignore[union-attr]
-        _resolve(self.moved, self.peer)
+        resolve(self.moved, self.peer)
         if self.network == "over":  # else its frames are flooded, to a monitor too
             self.target.run(lambda: self.target.driver.set_place(Where("over", self.peer.ref.mac, "h1")))
         return self.moved
