@@ -61,13 +61,13 @@ def test_read_in_every_state(ports: Ports, exchange: Any) -> None:
         assert call(port, "ct_read", 1) == (0, 1)
 
 
-@pytest.mark.parametrize("program", ["ct_read", "ct_settle"])
+@pytest.mark.parametrize("program", ["ct_read", "ct_settle", "ct_end"])
 def test_refusals(ports: Ports, program: str) -> None:
     port = ports(BOTH)
     assert call(port, program, MODEL.EXCHANGE_LENGTH + 1)[0] == -errno.EINVAL
     assert call(port, program, 0) == (0, 0)
     port.set_flags(0, MODEL.PORT_QUIESCED)
-    assert call(port, program, 0)[0] == (-errno.EBUSY if program == "ct_settle" else 0)
+    assert call(port, program, 0)[0] == (0 if program == "ct_read" else -errno.EBUSY)
     port.slot = 1 << 20
     assert call(port, program, 0)[0] == -errno.ENOENT
 

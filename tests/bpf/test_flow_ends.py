@@ -150,6 +150,14 @@ def test_tcp_flags_of_each_direction(ports: Ports) -> None:
     assert (end.id, last.tcp_flags, list(last.packets)) == (entry.id, entry.tcp_flags, [3, 2])
 
 
+def test_flags_of_a_connection_that_the_remote_side_begins(ports: Ports) -> None:
+    port = ports(BOTH)
+    export(port)
+    for direction, sent in ((TO, SYN), (FROM, SYN | ACK), (TO, ACK), (TO, ACK)):
+        assert port.tcp(direction, sent) == MODEL.DROP_NONE
+    assert port.entry(port.key(TCP)).tcp_flags == (SYN | ACK) | (SYN | ACK) << 8
+
+
 def test_no_flags_are_noted_where_nobody_asks(ports: Ports) -> None:
     port = ports(BOTH)
     port.tcp(FROM, SYN)
@@ -172,6 +180,26 @@ def test_connections_are_ended_by_their_keys(ports: Ports) -> None:
     assert found == [1, 1, 0]
     assert port.table.keys() == [port.key(UDP, 2, 53)]
     assert {bytes(end.key) for end, _ in ended(ends)} == set(wanted[:2])
+
+
+def test_what_another_is_taking_away_is_left_to_it(ports: Ports) -> None:
+    port = ports(FROM_ONLY)
+    ends = export(port)
+    key = port.key(UDP, rport=53)
+    port.put(key, MODEL.CT_REPLIED, MODEL.CT_F_DEAD)
+    port.switch.put("exchange", 0, MODEL.exchange(key=MODEL.ct_key.from_buffer_copy(key)))
+    context = MODEL.ct_batch(slot=port.slot, count=1)
+    assert port.switch.call("ct_end", context) == 0
+    assert (context.found, port.table.keys(), ended(ends)) == (0, [key], [])
+
+
+def test_without_a_table_of_the_ended_they_are_lost(ports: Ports) -> None:
+    port = ports(FROM_ONLY)
+    port.change(features=MODEL.FEATURE_EXPORT)
+    port.udp(FROM)
+    port.set_policy([rule(1, "from", "drop")])
+    assert port.udp(FROM) == MODEL.DROP_POLICY
+    assert lost(port) == (1, 1, 28)
 
 
 def test_fragment_records_are_no_flows(ports: Ports) -> None:
