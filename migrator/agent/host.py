@@ -217,9 +217,16 @@ class HostConfig:
         self._set_rules(order, status.ref)
         problems = self._set_kinds(order, status.ref)
         self._changed(status.ref, order.revision, lambda: self._change(order, self._driver.port(status.ref)))
-        if status.state is PortState.STAGED and not self._in_hand(status.ref.vm):
-            self._driver.open(status.ref)  # an earlier run of the agent ended between the two
+        if not self._in_hand(status.ref.vm):
+            self._take_up(status)
         _tell(problems)
+
+    def _take_up(self, status: PortStatus) -> None:
+        """No migration will open the port: what an earlier run of the agent, or of the host, left unfinished."""
+        if status.state is PortState.STAGED:
+            self._driver.open(status.ref)
+        elif status.state is PortState.QUIESCED:  # rolled back, and the host crashed before that was written down
+            self._driver.resume(status.ref)
 
     def _set_rules(self, order: pb.PortOrder, ref: PortRef) -> None:
         present = [dict(record) for table in self._driver.dump(ref, "acl") for record in table.records or ()]
