@@ -23,7 +23,7 @@ from migrator.coordinator.places import Acknowledgements
 from migrator.coordinator.roster import Roster
 from migrator.coordinator.running import Running, close, decode
 from migrator.coordinator.settings import Deadlines
-from migrator.coordinator.store import Store
+from migrator.coordinator.store import Store, readable
 from migrator.coordinator.whereabouts import Doubts
 from migrator.errors import JournalFailed, PeerLost, PreflightFailed
 from migrator.faults import reach
@@ -69,9 +69,8 @@ class Execution:
 
     def restart(self) -> None:
         """Finish or undo what the journal has; called once, before agents attach."""
-        for row in self._store.journal.migrations():
-            report = self._store.catalog.objects["migration"].get(row.id, pb.Migration(id=row.id))
-            run = self.running[row.id] = decode(row.state or b"", orders.copy(report))
+        for run in self._found():  # all of them are read before anything is done
+            self.running[run.id] = run
             if not run.report.done:
                 RUNNING.inc()
             log.info("migration found in the journal", migration=run.id, phase=run.machine.phase.value)
@@ -79,6 +78,13 @@ class Execution:
             if run.machine.phase in machine.MOVED and not run.machine.places_known:
                 self._await_places(run, self._roster.expected())
             self.feed(run, machine.Restarted())
+
+    def _found(self) -> list[Running]:
+        reports, found = self._store.catalog.objects["migration"], []
+        for row in self._store.journal.migrations():
+            with readable(f"migration {row.id!r}"):
+                found.append(decode(row.state or b"", orders.copy(reports.get(row.id, pb.Migration(id=row.id)))))
+        return found
 
     def stop(self) -> None:
         """Let go of timers and of questions to agents; what is in hand stays in the journal as it is."""

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from google.protobuf.message import DecodeError
 
 from migrator.coordinator.catalog import Catalog
 from migrator.coordinator.journal import Batch, Entry, Journal
-from migrator.errors import PeerLost
+from migrator.errors import JournalFailed, PeerLost
+
+
+@contextmanager
+def readable(row: str) -> Iterator[None]:
+    """Raises JournalFailed that names the row when what it holds cannot be read.
+
+    The coordinator does not start then: without the row it would tell agents that something is gone which is not.
+    """
+    try:
+        yield
+    except (DecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise JournalFailed(
+            f"journal: {row} cannot be read: {type(error).__name__}: {error}",
+            hint="nothing was changed, VMs run on without a coordinator: put a backup of journal.sqlite back, or run"
+            " the version that wrote it; only if neither is there delete the row with sqlite3 and apply it again",
+        ) from error
 
 
 class Store:
@@ -16,7 +35,9 @@ class Store:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self.catalog = Catalog()
-        self.catalog.take(journal.objects())
+        for entry in journal.objects():
+            with readable(f"object {entry.sort} {entry.name!r}, revision {entry.revision}"):
+                self.catalog.take([entry])
         self._changed = asyncio.Event()
         self._closed = False
 
