@@ -277,6 +277,8 @@ def _back(state: State, event: Back) -> Step:
         return state, (Tell(B, Verdict(guest_at=None)),)  # nobody has said that the guest is at the source
     if role is A and state.phase in UNDECIDED and B in state.ended:
         return state, (Send(A, Order.ABORT, state.reason),)  # it was away when the destination had purged
+    if role is A and state.phase in {Phase.COMMITTED, Phase.IN_DOUBT}:
+        return state, (Tell(A, Verdict(guest_at=None)),)  # one that has forgotten it says that it has nothing of it
     if role is A and state.phase in {Phase.AUTHORISED, Phase.SWITCHOVER}:
         return state, (Send(A, Order.AUTHORISE),)
     if role is A and state.phase in {Phase.OPEN, Phase.DONE}:

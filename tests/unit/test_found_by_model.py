@@ -204,3 +204,12 @@ def test_a_source_that_comes_back_is_asked_what_the_destinations_purge_left_open
     assert again == actions
     state, _ = c.step(state, c.Said(Role.SOURCE, "aborted"))
     assert state.over
+
+
+@pytest.mark.parametrize("phase", [c.Phase.COMMITTED, c.Phase.IN_DOUBT])
+def test_a_source_that_comes_back_says_whether_it_has_forgotten(phase: c.Phase) -> None:
+    """Its word that it has rolled back was lost with the coordinator, and its abort with the stream."""
+    state, actions = c.step(c.State(phase=phase), c.Back(Role.SOURCE))
+    assert actions == (c.Tell(Role.SOURCE, Verdict(guest_at=None)),)
+    state, actions = c.step(state, c.Said(Role.SOURCE, "aborted"))  # as of a migration that is not known there
+    assert actions == (c.Tell(Role.DESTINATION, Verdict(guest_at=Role.SOURCE)),)
