@@ -87,6 +87,8 @@ class View:
             return  # the VM has gone on: what its last host still says is what it knew before
         if update.kind not in KINDS:
             return  # of a newer agent
+        if any(table.kind != update.kind for table in update.tables):
+            raise Corrupt(f"records of another kind than {update.kind} of port {update.mac}")
         if update.what == "whole":
             yield from self._whole(port, update)
         elif update.kind not in port.fresh:

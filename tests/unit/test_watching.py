@@ -275,11 +275,15 @@ def made(states: dict[int, int]) -> Table:
     return Table("conntrack", columns=columns)
 
 
-def test_a_change_before_the_whole_is_no_agents_word() -> None:
+def test_what_no_agent_says_is_refused() -> None:
     view = View(rows)
     heard(view, "h1", update("here"))
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="before the whole"):
         heard(view, "h1", update("now", made({1: 3})))
+    with pytest.raises(Corrupt, match="another kind"):
+        heard(view, "h1", update("whole", sample("fdb", 3)))
+    newer = Update("whole", VM, MAC, 1, "weather", (), True)
+    assert not heard(view, "h1", newer)
 
 
 def test_what_leaves_is_known_by_host_and_epoch() -> None:
