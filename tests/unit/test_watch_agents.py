@@ -31,10 +31,15 @@ from migrator.security.transport import Transport
 from migrator.watching.compare import joined, take
 from migrator.watching.view import Change
 from tests.contract.samples import sample
-from tests.unit.pair import MACS, VM, World, connections, eventually, world
+from tests.unit import pair
+from tests.unit.pair import MACS, VM, World, connections, world
 
 QUICK = 0.1
 OTHER = "8d9e3c1a-1111-4c0e-9d5e-3f2b8a1c0d02"
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    await pair.eventually(condition, timeout_s)
 
 
 class Heard:
@@ -214,7 +219,7 @@ def test_an_agent_that_restarts_is_heard_again_and_says_that_changes_may_be_miss
             await w.stop("a")
             await w.agent("a")
             w.driver("a").load(ref, Table("conntrack", columns=connections(4, 900)))
-            await eventually(lambda: heard.left_over() == truth(w, "a"), 10.0)
+            await eventually(lambda: heard.left_over() == truth(w, "a"))
             assert Counter(c.op for c in heard.changes[before:]) == {"lost": 1, "added": 4}
             assert any("trying again" in line for line in heard.warnings)
 
@@ -263,7 +268,7 @@ def test_a_host_that_nobody_can_reach_keeps_no_other_from_being_watched(tmp_path
         async with following(w, vm="") as heard:
             assert heard.ops("port")["arrived"] == 2 and any("trying again" in line for line in heard.warnings)
             await w.agent("b")
-            await eventually(lambda: heard.ops("port")["arrived"] == 3, 10.0)
+            await eventually(lambda: heard.ops("port")["arrived"] == 3)
             assert not heard.changes[-1].snapshot and not heard.ops("")["lost"]
 
     run(tmp_path, test, guests="none")
