@@ -13,11 +13,11 @@ import pytest
 from datapath.errors import LoadRejected
 from datapath.provider import Need, Network, NetworkKind
 from datapath.provider import Place as Where
-from datapath.state.kind import Table
+from datapath.state.kind import Op, Table
 from datapath.state.mirror import MirrorDocument
 
 from .captures import Capture, Captures, captures, same
-from .driver_lab import Guest, Host, Place, connect, give_address, shelf, wait_until
+from .driver_lab import Guest, Host, Place, connect, give_address, hosts, shelf, wait_until
 from .test_driver_move import CHANNEL, Stream, carry, copy, resolve, settle, twin
 
 COLLECTOR, VNI = "198.51.100.9", 77
@@ -245,6 +245,22 @@ def test_directions_and_lengths(pair: list[Host], monitors: list[Place], watch: 
     assert sorted(output.stop()) == sorted(frame[:64] for frame in sent) and len(sent) >= 60
 
 
+def test_only_a_port_that_says_so_takes_copies(pair: list[Host]) -> None:
+    scene = Scene(pair)
+    other = scene.source.guest("10.0.0.9", [], network="over")
+    load(scene.source, scene.vm, {"output": {"port": f"{other.ref.vm}/{other.ref.mac}"}, "direction": "from"})
+    scene.talk(scene.vm, 20)
+    copied, _, dropped = counted(scene.source, scene.vm)["m0"]
+    assert copied == 0 and dropped >= 20
+    load(scene.source, other)
+    scene.talk(scene.vm, 20)
+    assert counted(scene.source, scene.vm)["m0"][0] >= 20 and counted(scene.source, scene.vm)["m0"][2] == dropped
+    gone = Table("mirror", Op.DELETE, records=[{"name": ""}])
+    scene.source.run(lambda: scene.source.driver.load(other.ref, gone))
+    scene.talk(scene.vm, 20)
+    assert counted(scene.source, scene.vm)["m0"][2] >= dropped + 20
+
+
 def test_an_output_that_moves_is_followed(pair: list[Host], watch: Captures) -> None:
     """What finds the monitor between two hosts is counted where it is lost; everything else comes once."""
     scene = Scene(pair)
@@ -349,6 +365,27 @@ def test_a_restarted_agent_and_a_device_that_comes_back(
     frames = wire.stop()
     wait_until(lambda: len(output.frames()) >= 2 * len(frames), "copies come")
     assert sorted(output.stop()) == sorted([*frames, *(frame[:100] for frame in frames)]) and len(frames) >= 60
+
+
+def test_a_takeover_of_the_maps_keeps_mirrors_and_what_they_counted() -> None:
+    with hosts(1) as (host,):
+        vm, peer = host.guest("10.0.0.1"), host.guest("10.0.0.2")
+        resolve(vm, peer)
+        behind = monitor_device(host)
+        try:
+            load(host, vm, {"output": {"device": "mon0"}}, {"output": {"device": "mon0"}, "direction": "to"})
+            for round_, slots in enumerate((32, 48, 40), 1):
+                if slots != host.options["slots"]:
+                    host.options["slots"] = slots
+                    host.restart()
+                stream = Wide(vm, peer.address, peer)
+                stream.run_on(20)
+                stream.finish()
+                sent = host.run(lambda: host.driver.port(vm.ref)).counters["packets_from"]
+                assert counted(host, vm)["m0"][0] >= sent >= 20 * round_ and counted(host, vm)["m0"][2] == 0
+                assert counted(host, vm)["m1"] != counted(host, vm)["m0"]
+        finally:
+            behind.close()
 
 
 def _leads_to(host: Host, ifindex: int) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from datapath.drivers.ebpf.copy_names import CopyNames
 from datapath.drivers.ebpf.cutter import Cutter
 from datapath.drivers.ebpf.instances import Instance
+from datapath.drivers.ebpf.kernel import Kernel
 from datapath.drivers.ebpf.kindtable import KindTable
 from datapath.drivers.ebpf.layout import MIRROR as ENTRY
 from datapath.drivers.ebpf.layout import MIRROR_COUNT, C
@@ -45,6 +46,12 @@ def mirror_totals(mirrors: Table, counts: Table, entry: PortEntry) -> Counts:
         own = [0, 0, 0] if found is None else [int(found[field].sum(dtype=np.uint64)) for field in MIRROR.accounting]
         totals[name] = [one + before for one, before in zip(own, carried.get(name, (0, 0, 0)), strict=True)]
     return totals
+
+
+def begin_counting(kernel: Kernel) -> None:
+    """Mirrors that came with the maps of another version count from the first frame on."""
+    for key in kernel.mirrors.keys().tolist():
+        kernel.mirror_counts.set(key, np.zeros((), MIRROR_COUNT))
 
 
 def _numbers(mirrors: Table, slot: int) -> dict[int, int]:

@@ -28,6 +28,7 @@ from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.ledger import PortEntry
 from datapath.drivers.ebpf.maps import Mapped
+from datapath.drivers.ebpf.mirroring import begin_counting
 from datapath.drivers.ebpf.moved_tables import HINT, copy_changed, copy_floods, copy_tables, refuse_unknown
 from datapath.errors import NotReady
 from datapath.state.kind import Op, Table
@@ -96,6 +97,7 @@ class Takeover:
         self._check_room()
         self.standing = [slot for slot in self._old.slots() if self._stands(slot)]
         copy_tables(self._old.switch, self._new.switch)
+        begin_counting(self._new)
         copy_floods(self._old, parts.floods, list(parts.networks.known()))
         parts.policies.restore([(slot, self._old.entries[slot].rules) for slot in self.standing])
         for slot in self.standing:
@@ -261,8 +263,7 @@ class Takeover:
         generation = syscall.map_info(self._old.ports.fd).id
         if entry.carried.get("generation") == generation:
             return
-        kept = {part: values for part, values in entry.carried.items() if part != "ended"}  # these are in the totals
-        carried = {**kept, **self._old.totals(entry.slot)}
+        carried = self._old.totals(entry.slot)
         for name, amount in ended.items():
             if amount:
                 carried["counters"][name] = carried["counters"].get(name, 0) + amount
