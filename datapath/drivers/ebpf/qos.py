@@ -36,6 +36,9 @@ _FASTER = 1_000_002  # millionths: the bucket's rate by HTB's, or a queue would 
 _EMPTY_S, _LOOK_AGAIN_S = 1.0, 0.0002
 
 
+_Class = tuple[int, int, Record]  # device, number, what it is for
+
+
 class Qos(KindTable):
     kind = QOS
 
@@ -54,25 +57,29 @@ class Qos(KindTable):
         for record in records:
             if wrong := fault(record):
                 raise LoadRejected(f"qos {record['direction']} port {instance.ref.mac}: {wrong}")
-        self._set_device(instance, ways.get("to"))
         slot, shapes = instance.slot, _shapes(ways.get("from"))
+        ifindex = int(self._parts.kernel.ports.view["ifindex"][slot])
+        if ifindex and _shapes(ways.get("to")):
+            self._shape_device(instance, ifindex, ways["to"])
         shaper = self._shaper.use(slot) if shapes else 0
         if shapes:
             self._set_class(shaper, slot, ways["from"])
         for name, direction in _DIRECTIONS.items():
             self._set_way(slot * 2 + direction, ways.get(name), shaper if name == "from" else 0)
         self._set_features(slot, ways, shapes)
-        if not shapes:
-            self._shaper.leave(slot)
+        self._end_queues(instance, ways)
         with self._lock:
             self._open.discard(slot)
 
-    def _set_device(self, instance: Instance, way: Record | None) -> None:
-        ifindex = int(self._parts.kernel.ports.view["ifindex"][instance.slot])
-        if not _shapes(way) or way is None:
+    def _end_queues(self, instance: Instance, ways: Mapping[str, Record]) -> None:
+        """Of directions that shape no more: what waits leaves first."""
+        ended = [one for one in self._classes(instance) if not _shapes(ways.get(one[2]["direction"]))]
+        self._open_classes(ended)
+        self._wait_empty(instance, ended)
+        if not _shapes(ways.get("to")):
             self._leave_device(instance.slot)
-        elif ifindex:
-            self._shape_device(instance, ifindex, way)
+        if not _shapes(ways.get("from")):
+            self._shaper.leave(instance.slot)
 
     def _shape_device(self, instance: Instance, ifindex: int, way: Record) -> None:
         kind = htb.foreign(ifindex)
@@ -179,22 +186,27 @@ class Qos(KindTable):
     # ---- a move ----
 
     def held(self, instance: Instance) -> None:
-        for ifindex, number, way in self._classes(instance):
-            open_way = {**way, "rate_bps": htb.OPEN_BYTES_S * 8}
-            self._set_class(ifindex, number, open_way)
+        self._open_classes(self._classes(instance))
         with self._lock:
             self._open.add(instance.slot)
 
-    def idle(self, instance: Instance) -> bool:
-        return not self._waiting(instance)
+    def _open_classes(self, classes: Sequence[_Class]) -> None:
+        for ifindex, number, way in classes:
+            self._set_class(ifindex, number, {**way, "rate_bps": htb.OPEN_BYTES_S * 8})
 
-    def _waiting(self, instance: Instance) -> int:
-        return sum(htb.waiting(ifindex, number) for ifindex, number, _ in self._classes(instance))
+    def idle(self, instance: Instance) -> bool:
+        return not _waiting(self._classes(instance))
 
     def quiesced(self, instance: Instance) -> None:
         """The queues of a port that was held are open since; now they are empty, or their last frame still pays."""
+        classes = self._classes(instance)
+        if instance.slot not in self._open and _waiting(classes):  # an agent that started again closed them
+            self.held(instance)
+        self._wait_empty(instance, classes)
+
+    def _wait_empty(self, instance: Instance, classes: Sequence[_Class]) -> None:
         deadline = time.monotonic() + _EMPTY_S
-        while left := self._waiting(instance):
+        while left := _waiting(classes):
             if time.monotonic() > deadline:
                 _log.warning("port %s: %d frames did not leave its shaper in time", instance.ref.mac, left)
                 return
@@ -208,8 +220,8 @@ class Qos(KindTable):
             for ifindex, number, way in self._classes(instance):
                 self._set_class(ifindex, number, way)
 
-    def _classes(self, instance: Instance) -> list[tuple[int, int, Record]]:
-        """(device, class, record) of each direction that shapes here now."""
+    def _classes(self, instance: Instance) -> list[_Class]:
+        """Of each direction that shapes here now."""
         places = {"from": (self._shaper.ifindex, instance.slot), "to": (self._devices.get(instance.slot, 0), _CLASS)}
         return [
             (*places[way["direction"]], way)
@@ -219,6 +231,11 @@ class Qos(KindTable):
 
     def destroy(self) -> None:
         self._shaper.remove()
+
+
+def _waiting(classes: Sequence[_Class]) -> int:
+    """Frames."""
+    return sum(htb.waiting(ifindex, number) for ifindex, number, _ in classes)
 
 
 def _records(instance: Instance) -> Sequence[Record]:
