@@ -254,8 +254,9 @@ def test_announcements_of_outside_addresses_pass_anti_spoofing(lab: Lab, wires: 
     )
     wires[0].send(arp(1, (A, "203.0.113.99"), (NOBODY, "203.0.113.99")))
     wires[0].send(nd(136, (NODES_MAC, A), INSIDE6, NODES, "2001:db8::99", OVERRIDE, 2))
-    claims = {MODEL.DROP_SPOOF_ARP: 1, MODEL.DROP_SPOOF_ND: 1}
+    wires[0].send(nd(136, (NODES_MAC, A), "2001:db8::99", NODES, INSIDE6, OVERRIDE, 2))
+    claims = {MODEL.DROP_SPOOF_ARP: 1, MODEL.DROP_SPOOF_ND: 1, MODEL.DROP_SPOOF_ADDRESS: 1}
     wait_for(lambda: lab.drops(1) == claims, "the drops of claims")
     for claimed, peer in ((OUTSIDE, PEER), (OUTSIDE6, PEER6)):
         wires[0].send(framed(B, A, packet(claimed, peer, UDP, body_of(UDP, 1000, 2000))))
-    wait_for(lambda: lab.drops(1) == claims | {MODEL.DROP_SPOOF_ADDRESS: 2}, "the drops")
+    wait_for(lambda: lab.drops(1) == claims | {MODEL.DROP_SPOOF_ADDRESS: 3}, "the drops")

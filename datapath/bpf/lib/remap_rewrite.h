@@ -49,8 +49,8 @@ static __always_inline long remap_ipv4(struct __sk_buff *skb, const struct packe
 	__be32 old = pkt->laddr[3], new = to->addr[3];
 	long failed = bpf_l3_csum_replace(skb, pkt->l3_offset + offsetof(struct iphdr, check), old, new, sizeof(new));
 
-	if (check)
-		failed = failed ?: bpf_l4_csum_replace(skb, check, old, new, flags);
+	if (!failed && check)
+		failed = bpf_l4_csum_replace(skb, check, old, new, flags);
 	return failed ?: bpf_skb_store_bytes(skb, remap_address_at(pkt, side), &new, sizeof(new), 0);
 }
 

@@ -209,7 +209,7 @@ def _read(path: Path) -> Any:
 
 def _write(path: Path, values: Any) -> None:
     with _replacing(path) as partial, partial.open("w") as file:
-        json.dump(values, file, separators=(",", ":"))
+        file.write(json.dumps(values, separators=(",", ":")))  # many times as fast as json.dump
         file.flush()
         os.fsync(file.fileno())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,6 @@ from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.kindtable import KindTable
 from datapath.drivers.ebpf.layout import REMAP_ENTRY, REMAP_KEY, C
 from datapath.drivers.ebpf.maps import Records
-from datapath.drivers.ebpf.records import address_bytes
 from datapath.errors import LoadRejected
 from datapath.state.kind import Record
 from datapath.state.remap import COUNTERS, PROTOCOLS, REMAP, problems
@@ -53,55 +54,66 @@ def _rows(ends: list[_End], others: list[_End]) -> list[_Row]:
     """Of one side: a row for each rule, and one for each address that has rules by port only."""
     by_port = {end[0]: other[0] for end, other in zip(ends, others, strict=True) if end[1]}
     beside = {address for address, proto, _ in others if proto}
+    rule, ports, aside = int(C.REMAP_F_RULE), int(C.REMAP_F_PORTS), int(C.REMAP_F_BESIDE)
     rows: list[_Row] = []
     for end, other in zip(ends, others, strict=True):
-        flags = int(C.REMAP_F_RULE)
+        flags = rule
         if not end[1]:
-            flags |= C.REMAP_F_PORTS if end[0] in by_port else 0
-            flags |= C.REMAP_F_BESIDE if other[0] in beside else 0
+            flags |= (ports if end[0] in by_port else 0) | (aside if other[0] in beside else 0)
         rows.append((end, other, flags))
     whole = {address for address, proto, _ in ends if not proto}
     partial = [(address, other) for address, other in by_port.items() if address not in whole]
-    return rows + [((address, 0, 0), (other, 0, 0), int(C.REMAP_F_PORTS)) for address, other in partial]
+    return rows + [((address, 0, 0), (other, 0, 0), ports) for address, other in partial]
 
 
 def _fill(records: Records, ends: Sequence[_End]) -> None:
-    packed = b"".join(address_bytes(address) for address, _, _ in ends)
+    packed = b"".join(_packed(address) for address, _, _ in ends)
     records["addr"] = np.frombuffer(packed, ">u4").reshape(len(ends), 4)
     records["port"] = [port for _, _, port in ends]
 
 
+def _packed(text: str) -> bytes:
+    """16 bytes, IPv4 v4-mapped, as records.address_bytes, which takes seconds for ten thousand rules."""
+    return socket.inet_pton(socket.AF_INET6, text if ":" in text else f"::ffff:{text}")
+
+
 class RemapTable(KindTable):
-    """The rules of all ports are in one map; this remembers what of it is each port's."""
+    """The rules of all ports are in one map; this remembers how many elements of it are each port's."""
 
     kind = REMAP
 
     def __init__(self, parts: Running) -> None:
         super().__init__(parts)
-        self._map = parts.kernel.remaps
+        self._map, self._ports = parts.kernel.remaps, parts.kernel.ports
         self._lock = threading.Lock()  # of what follows
-        self._known: dict[int, Elements] | None = None
+        self._sizes: dict[int, int] | None = None
 
     # ---- make ----
 
-    def apply(self, instance: Instance, records: Sequence[Record], before: Sequence[Record]) -> None:  # noqa: ARG002
+    def apply(self, instance: Instance, records: Sequence[Record], before: Sequence[Record]) -> None:
+        """An element depends on the rules with its inside address: those of addresses that changed are written."""
+        slot = instance.slot
+        if before:
+            touched = {rule[2] for rule in set(map(_rule, records)) ^ set(map(_rule, before))}
+            new = [record for record in records if record["inside"] in touched]
+            here = elements(slot, [record for record in before if record["inside"] in touched])
+        else:
+            new, here = list(records), self._there(slot)
         found = problems(records)
         if found:
             raise LoadRejected(f"remap: {'; '.join(found[:5])}", hint="rules are one to one; nothing was changed")
-        slot, wanted = instance.slot, elements(instance.slot, records)
-        here = self._of(slot)
-        gone = ~_among(here[0], wanted[0])
-        fresh = ~_among(_rule(wanted), _rule(here))
+        wanted = elements(slot, new)
+        fresh = ~_among(_rules(wanted), _rules(here))
         self._write((wanted[0][fresh], wanted[1][fresh]), here)
         self._enable(slot, bool(records))
-        self._map.delete_many(here[0][gone])
-        self._remember(slot, wanted)
+        self._map.delete_many(here[0][~_among(here[0], wanted[0])])
+        self._grow(slot, len(wanted[0]) - len(here[0]))
 
     def _write(self, fresh: Elements, here: Elements) -> None:
         """What is there keeps its counters. Raises LoadRejected; then nothing has changed."""
         keys, values = fresh
         old = _among(keys, here[0])
-        room = self._map.entries - self._used()
+        room = self._room()
         if int((~old).sum()) > room:
             raise LoadRejected(
                 f"remap: {len(keys)} elements are to be written, and this host has room for {room} more",
@@ -117,35 +129,38 @@ class RemapTable(KindTable):
             raise LoadRejected(f"remap: {len(done.refused)} elements were refused by the kernel", hint="see its memory")
 
     def _enable(self, slot: int, on: bool) -> None:
-        self._parts.words.feature(slot, add=C.FEATURE_REMAP if on else 0, drop=C.FEATURE_REMAP)
+        features = self._ports.view["features"]
+        features[slot] = features[slot] | C.FEATURE_REMAP if on else features[slot] & ~np.uint32(C.FEATURE_REMAP)
 
     def clear(self, slot: int) -> None:
         self._enable(slot, on=False)
-        self._map.delete_many(self._of(slot)[0])
-        self._remember(slot, _NONE)
+        keys, _ = self._there(slot)
+        self._map.delete_many(keys)
+        self._grow(slot, -len(keys))
 
-    def _all(self) -> dict[int, Elements]:
-        """By slot; read once, what an earlier run left. The caller has the lock."""
-        if self._known is None:
-            keys, values = self._map.read()
-            slots = [int(slot) for slot in np.unique(keys["slot"])]
-            self._known = {slot: (keys[keys["slot"] == slot], values[keys["slot"] == slot]) for slot in slots}
-        return self._known
-
-    def _of(self, slot: int) -> Elements:
+    def _there(self, slot: int) -> Elements:
+        """What the kernel has of a slot."""
         with self._lock:
-            return self._all().get(slot, _NONE)
+            if not self._counted_sizes().get(slot):
+                return _NONE
+        keys, values = self._map.read()
+        mine = keys["slot"] == slot
+        return keys[mine], values[mine]
 
-    def _used(self) -> int:
-        with self._lock:
-            return sum(len(keys) for keys, _ in self._all().values())
+    def _counted_sizes(self) -> dict[int, int]:
+        """By slot; counted once, what an earlier run left. The caller has the lock."""
+        if self._sizes is None:
+            self._sizes = dict(Counter(self._map.read()[0]["slot"].tolist()))
+        return self._sizes
 
-    def _remember(self, slot: int, wanted: Elements) -> None:
+    def _room(self) -> int:
         with self._lock:
-            known = self._all()
-            known[slot] = wanted
-            if not len(wanted[0]):
-                del known[slot]
+            return self._map.entries - sum(self._counted_sizes().values())
+
+    def _grow(self, slot: int, number: int) -> None:
+        with self._lock:
+            sizes = self._counted_sizes()
+            sizes[slot] = sizes.get(slot, 0) + number
 
     # ---- count ----
 
@@ -169,7 +184,7 @@ class RemapTable(KindTable):
             mine = (keys["slot"] == instance.slot) & (keys["side"] == getattr(C, direction))
             found = dict(zip(_ends_of(keys[mine]), values[mine], strict=True))
             for row, end in zip(counts, _ends(records, side), strict=True):
-                entry = found.get((address_bytes(end[0]), *end[1:]))
+                entry = found.get((_packed(end[0]), *end[1:]))
                 if entry is not None:
                     row[column] += entry["packets"]
                     row[column + 2] += entry["bytes"]
@@ -183,8 +198,12 @@ class RemapTable(KindTable):
             self._parts.ledger.save_carried(instance.entry)
 
     def obstacles(self, records: Sequence[Record]) -> list[str]:
-        needed, room = len(elements(0, records)[0]), self._map.entries - self._used()
+        needed, room = len(elements(0, records)[0]), self._room()
         return [f"remap: {needed} elements are needed, and there is room for {room}"] if needed > room else []
+
+
+def _rule(record: Record) -> tuple[str, ...]:
+    return record["outside"], record["protocol"], record["inside"], record["outside_port"], record["inside_port"]
 
 
 def _text(record: Record) -> str:
@@ -198,7 +217,7 @@ def _ends_of(keys: Records) -> Iterable[tuple[bytes, int, int]]:
     return zip(addresses, keys["proto"].tolist(), keys["port"].tolist(), strict=True)
 
 
-def _rule(some: Elements) -> Records:
+def _rules(some: Elements) -> Records:
     """Keys and what they lead to, without what is counted."""
     keys, values = some
     rules = np.zeros(len(keys), _RULE)

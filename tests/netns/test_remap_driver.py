@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Remap rules in the driver: how long many take, and what an agent that starts again, or a host, finds of them."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from datapath.drivers.ebpf.remap import elements
+from datapath.errors import LoadRejected
+from datapath.provider import Need
+from datapath.state.kind import Op, Record, Table
+from datapath.state.remap import RemapDocument
+
+from .driver_lab import Guest, Host, hosts
+
+INSIDE, OUTSIDE, PEER, PORT = "10.0.0.5", "10.0.0.200", "10.0.0.9", 7000
+MANY = 10_000
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with hosts(1) as (made,):
+        yield made
+
+
+def records(*rules: dict[str, Any]) -> list[Record]:
+    return RemapDocument.model_validate({"rules": rules}).records()
+
+
+def many() -> list[Record]:
+    """Addresses and ports of both families."""
+    rules: list[dict[str, Any]] = []
+    for number in range(MANY // 4):
+        low = f"{number >> 8}.{number & 255}"
+        rules += [
+            {"outside": f"203.0.{low}", "inside": f"10.1.{low}"},
+            {"outside": f"2001:db8::{number:x}", "inside": f"fd00::{number:x}"},
+            {"outside": f"198.18.{low}", "inside": f"10.1.{low}", "protocol": "tcp", "outside_port": 443},
+            {"outside": f"198.18.{low}", "inside": f"10.1.{low}", "protocol": "udp", "outside_port": 53},
+        ]
+    return records(*rules)
+
+
+def load(host: Host, guest: Guest, rules: list[Record], op: Op = Op.LOAD) -> None:
+    host.run(lambda: host.driver.load(guest.ref, Table("remap", op, records=rules)))
+
+
+def dumped(host: Host, guest: Guest) -> list[Record]:
+    tables = host.run(lambda: list(host.driver.dump(guest.ref, "remap")))
+    return [record for table in tables for record in table.records or ()]
+
+
+def talk(guest: Guest, peer: Guest) -> None:
+    """A datagram to the outside address, and the answer from there."""
+    with guest.socket(socket.SOCK_DGRAM) as server, peer.socket(socket.SOCK_DGRAM) as client:
+        server.bind(("0.0.0.0", PORT))
+        client.connect((OUTSIDE, PORT))
+        client.send(b"who is there?")
+        data, source = server.recvfrom(100)
+        server.sendto(data, source)
+        assert client.recv(100) == data
+
+
+def test_ten_thousand_rules(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it takes to load them and to change one (CPU: the machine may be busy), and that they go."""
+    guest, rules = host.guest(INSIDE), many()
+    table = host.driver._parts().kernel.remaps
+    took = {"10,000 rules through the driver": clocked(lambda: load(host, guest, rules))}
+    keys, values = elements(1, rules)
+    assert len(table.read()[0]) == len(keys) == MANY * 2 + MANY // 4
+    there = dict(zip((key.tobytes() for key in table.read()[0]), table.read()[1], strict=True))
+    assert all(
+        there[key.tobytes()]["addr"].tolist() == value["addr"].tolist() for key, value in zip(keys, values, strict=True)
+    )
+    host.run(lambda: table.delete_many(keys))
+    took["their elements into the kernel"] = clocked(lambda: host.run(lambda: table.load(keys, values)))
+    took["one element"] = clocked(
+        lambda: host.run(lambda: [table.set(k, v) for k, v in zip(keys, values, strict=True)])
+    )
+    took["one element"] /= len(keys)
+    changed = [{**rules[0], "inside": "10.1.200.200"}]
+    took["one of them through the driver"] = clocked(lambda: load(host, guest, changed))
+    assert len(dumped(host, guest)) == MANY
+    load(host, guest, rules, Op.DELETE)
+    assert len(table.read()[0]) == 0
+    with capsys.disabled():
+        print("".join(f"\n  {what}: {seconds * 1e3:.3f} ms" for what, seconds in took.items()))
+
+
+def clocked(call: Any) -> float:
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def test_rules_change_under_traffic(host: Host) -> None:
+    """What a change leaves keeps its counters; what it takes away remaps no more."""
+    guest, peer = host.guest(INSIDE), host.guest(PEER)
+    first = records({"outside": OUTSIDE, "inside": INSIDE})
+    load(host, guest, first)
+    talk(guest, peer)
+    more = records({"outside": "10.0.0.201", "inside": INSIDE, "protocol": "tcp", "outside_port": 443})
+    load(host, guest, more)
+    talk(guest, peer)
+    counted = {rule["outside"]: rule for rule in dumped(host, guest)}
+    assert (counted[OUTSIDE]["packets_from"], counted[OUTSIDE]["packets_to"]) == (2, 2)
+    load(host, guest, more, Op.DELETE)
+    talk(guest, peer)
+    load(host, guest, first, Op.DELETE)
+    assert dumped(host, guest) == []
+    assert host.run(lambda: host.driver.port(guest.ref)).drops.get("remap", 0) == 0
+
+
+def test_rules_outlive_the_agent_and_the_host(host: Host) -> None:
+    guest, peer = host.guest(INSIDE), host.guest(PEER)
+    load(host, guest, records({"outside": OUTSIDE, "inside": INSIDE}))
+    talk(guest, peer)
+    host.restart()
+    talk(guest, peer)
+    assert dumped(host, guest)[0]["packets_to"] == 2
+
+    pins = host.driver._parts().pins
+
+    def reboot() -> None:
+        host.driver.stop()
+        pins.clear()
+        pins.make()
+
+    host.run(reboot)
+    host.start()
+    talk(guest, peer)
+    assert dumped(host, guest)[0]["packets_to"] == 1, "what was counted went with the maps"
+
+
+def test_what_a_host_cannot_hold_is_named(host: Host) -> None:
+    guest = host.guest(INSIDE)
+    short = records({"outside": OUTSIDE, "inside": INSIDE})
+    need = Need({"remap": 1}, [], 0, 0, {"remap": short * 140_000})
+    (obstacle,) = host.run(lambda: host.driver.probe(need))
+    assert "remap: 280000 elements are needed, and there is room for 262144" in obstacle
+    with pytest.raises(LoadRejected, match="is in two rules"):
+        load(host, guest, [*short, {**short[0], "outside": "10.0.0.201"}])
+    assert dumped(host, guest) == []
