@@ -10,9 +10,12 @@ broken meanwhile. What is allowed by what was done:
 | the coordinator fails | none | none | complete or not at all |
 | a guest stops by itself | as many as the report says, to that guest | none | complete |
 | an agent fails, none of its VMs moves | none | none | |
-| an agent fails at an end of a move | those of the VM that moves | too | degraded too |
+| an agent fails at an end of a move | those of the VM that moves | too | degraded too [1] |
 | a host is cut off | those of machines that were there, or came | too | degraded too |
 | a port is removed, or restored | those of its VM | none | |
+
+[1] A guest that stops by itself does not wait for the agent of its source. When that is dead before it has sent the
+state, and the move is told to be degraded, its connections may end.
 
 Never: a datagram twice, one that no versions of the policy at its two ends allowed, an answer with a wrong byte; a
 connection that every version allowed and whose ports stayed is never lost, one that the last version forbids never
@@ -121,6 +124,7 @@ class Model:
         self.started = dict(self.places)
         self.visited = {name: {place} for name, place in self.places.items()}  # hosts that a machine may have been at
         self.may_be_lost = dict.fromkeys(VMS, 0)  # what reports of moves named
+        self.stateless: set[str] = set()  # VMs that left while nobody could send their state
         self.versions = [self.config]
         for act in step.acts:
             if act.kind in CHANGES or act.rules:
@@ -179,6 +183,9 @@ class Model:
         self.visited[vm] |= {source, destination}
         self.may_be_lost[vm] += may_be_lost
         self.places[vm] = destination if outcome in MOVED else source
+        alone = any(act.target == vm and "self_stop_ms" in dict(act.hypervisor) for act in self.step.acts)
+        if outcome == "degraded" and alone and source in self.struck(*AGENT_FAULTS):
+            self.stateless.add(vm)
 
     def fate(self, group: Group) -> str:
         """Of connections that were there: lives, cut, or either."""
@@ -188,7 +195,8 @@ class Model:
         ]
         if words[-1] != "allow" or {group.client, group.server} & self.about("replug"):
             return "cut"
-        return "lives" if set(words) == {"allow"} else "either"
+        lives = set(words) == {"allow"} and not {group.client, group.server} & self.stateless
+        return "lives" if lives else "either"
 
     def admitted(self, item: Try) -> str:
         """What becomes of a newcomer now: allow, drop or reject."""
