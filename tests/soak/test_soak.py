@@ -17,7 +17,7 @@ from tests.soak.reference import OWN, WHOLE, Config, Model
 from tests.soak.run import chosen, run, say
 from tests.soak.scene import FLOWS
 
-MINUTES = float(os.environ.get("SOAK_MINUTES", "2.5"))  # with what is made before and taken away afterwards: three
+MINUTES = float(os.environ.get("SOAK_MINUTES", "10"))  # beside what takes as long in `make test`
 SEED = int(os.environ.get("SEED", "1"))
 
 
