@@ -23,7 +23,10 @@ class Cutter:
 
     def make(self) -> None:
         """Make it, or take it over. Raises FeatureMissing (no tun), KernelError."""
-        if devices.link(self.name) is None:
+        there = devices.link(self.name)
+        if there is not None and self._kernel.mirror_cutter.get(0) == there.ifindex:
+            return
+        if there is None:
             os.close(tun.open_tap(self.name, persist=True))
             devices.quiet(self.name)
         made = devices.link(self.name)

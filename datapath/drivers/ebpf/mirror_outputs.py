@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from datapath.drivers.ebpf.running import Running
 
 NOWHERE = bytes(16)
+Links = Mapping[str, Link]
+"""By name."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +45,36 @@ class Outputs:
 
     def __init__(self, parts: Running) -> None:
         self._parts = parts
-        self._places: dict[tuple[str, str], Place] = {}
+        self._places: dict[str, dict[str, Place]] = {}  # MAC -> network -> place
         self._lock = threading.Lock()
 
     # ---- word of the coordinator ----
 
     def placed(self, place: Place) -> None:
         with self._lock:
-            self._places[place.network, place.mac] = place
+            self._places.setdefault(place.mac, {})[place.network] = place
 
     def forget(self, network: str, mac: str) -> None:
         with self._lock:
-            self._places.pop((network, mac), None)
+            self._places.get(mac, {}).pop(network, None)
+            if not self._places.get(mac):
+                self._places.pop(mac, None)
 
     def host_of(self, vm: str, mac: str) -> str:
         """The host that has another VM's port, "" when nobody has said."""
         with self._lock:
-            named = [place for (_, at), place in self._places.items() if at == mac and place.vm in ("", vm)]
+            named = [place for place in self._places.get(mac, {}).values() if place.vm in ("", vm)]
         return next((place.host for place in named if place.host), "")
 
     # ---- outputs ----
 
-    def find(self, record: Record) -> Output:
-        """What is not there has target 0, or remote NOWHERE: its copies are counted as dropped until it is."""
+    def find(self, record: Record, links: Links | None = None) -> Output:
+        """What is not there has target 0, or remote NOWHERE: its copies are counted as dropped until it is.
+
+        `links`: devices of the host, for whoever asks for many mirrors.
+        """
         if record["output"] == "device":
-            link = self._device(record["device"])
+            link = self._device(record["device"], links)
             return Output(C.MIRROR_DEVICE, target=link.ifindex if link else 0)
         if record["output"] == "port":
             number, mark = copy_key(record["vm"], record["mac"])
@@ -77,10 +85,10 @@ class Outputs:
             return Output(C.MIRROR_VLAN, target=target, vid=network.vlan if network else 0)
         return Output(C.MIRROR_TUNNEL, id=record["vni"], remote=address_bytes(record["address"]))
 
-    def _device(self, pattern: str) -> Link | None:
+    def _device(self, pattern: str, links: Links | None = None) -> Link | None:
         """The first by name that is not the switch's own: to these copies would be frames of a network."""
-        found = sorted((name, link) for name, link in devices.links().items() if fnmatchcase(name, pattern))
-        return next((link for _, link in found if not self._is_own(link)), None)
+        there = devices.links() if links is None else links
+        return next((there[n] for n in sorted(there) if fnmatchcase(n, pattern) and not self._is_own(there[n])), None)
 
     def _is_own(self, link: Link) -> bool:
         options = self._parts.options

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datapath.drivers.ebpf import devices
 from datapath.drivers.ebpf.copy_names import CopyNames
 from datapath.drivers.ebpf.cutter import Cutter
 from datapath.drivers.ebpf.instances import Instance
@@ -18,7 +19,7 @@ from datapath.drivers.ebpf.layout import MIRROR as ENTRY
 from datapath.drivers.ebpf.layout import MIRROR_COUNT, C
 from datapath.drivers.ebpf.ledger import PortEntry
 from datapath.drivers.ebpf.maps import Table
-from datapath.drivers.ebpf.mirror_outputs import NOWHERE, Output, Outputs
+from datapath.drivers.ebpf.mirror_outputs import NOWHERE, Links, Output, Outputs
 from datapath.errors import LoadRejected
 from datapath.provider import Place
 from datapath.state.kind import Record
@@ -110,7 +111,7 @@ class MirrorTable(KindTable):
             return f"{record['name']}: its output {output_text(record)} is what it mirrors"
         return "" if record["output"] == "port" else self._outputs.obstacle(record)
 
-    def _program(self, slot: int) -> None:
+    def _program(self, slot: int, links: Links | None = None) -> None:
         """What is there already, with the same name, keeps number and counters."""
         records = _mirrors(self._known.get(slot, ()))
         if any(record["snap_bytes"] for record in records):
@@ -123,7 +124,7 @@ class MirrorTable(KindTable):
                 self._mirrors.set(key, np.zeros((), ENTRY))
                 self._counts.delete(key)
             else:
-                self._write(key, record)
+                self._write(key, record, self._outputs.find(record, links))
         for number in range(end, MIRRORS_MAX):
             self._mirrors.delete(slot * MIRRORS_MAX + number)
             self._counts.delete(slot * MIRRORS_MAX + number)
@@ -141,9 +142,8 @@ class MirrorTable(KindTable):
             numbered[next(free) if number is None else number] = record
         return numbered
 
-    def _write(self, key: int, record: Record) -> None:
-        there, output = self._mirrors.get(key), self._outputs.find(record)
-        entry = _entry(record, output)
+    def _write(self, key: int, record: Record, output: Output) -> None:
+        there, entry = self._mirrors.get(key), _entry(record, output)
         told = output.output != C.MIRROR_PORT or output.remote != NOWHERE
         if not told and there is not None and (there["id"], there["mark"]) == (entry["id"], entry["mark"]):
             entry["remote"] = there["remote"]  # an agent that starts has not been told yet where the port is
@@ -169,9 +169,10 @@ class MirrorTable(KindTable):
 
     def changed(self) -> None:
         with self._lock:
-            for slot in self._known:
-                if self._known[slot]:
-                    self._program(slot)
+            mirrored = [slot for slot, records in self._known.items() if _mirrors(records)]
+            links = devices.links() if mirrored else {}
+            for slot in mirrored:
+                self._program(slot, links)
 
     def placed(self, place: Place) -> None:
         self._outputs.placed(place)
