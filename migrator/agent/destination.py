@@ -28,6 +28,9 @@ from migrator.snapshot import decode_section
 ANNOUNCE_S = (0.0, 0.05, 0.15)  # pauses before each announcement: 0, 50 and 200 ms after the ports have opened
 PASSED_ON_S = 0.1  # what the network lost of it is waited for no longer
 PASSED_ON_POLL_S = 0.001
+ROUNDS_MAX = (1 << 32) - 1  # a report can tell of no more
+DEVICES_S = 1.0  # not longer: a hypervisor may make them as late as it likes
+DEVICES_POLL_S = 0.002
 SOURCE_FIRST_S = 1.0  # less than the switch waits by itself, which keeps no order
 LEASED = frozenset(Phase) - {Phase.STAGING, Phase.OPENING, Phase.OPEN, *words.OVER}
 
@@ -129,7 +132,8 @@ class DestinationEnd(End):
         if which == "round_end":
             end = message.round_end
             self.arrival.check(end.round, end.records, end.digest)
-            self.report.rounds = end.round + 1
+            self.report.rounds = min(end.round + 1, ROUNDS_MAX)
+            await self._wait_for_devices()
             done = pb.RoundDone(round=end.round, loaded=self.arrival.loaded, rejected=dict(self.report.not_moved))
             self._send(pb.FromDestination(round_done=done))
         elif which == "final":
@@ -150,6 +154,20 @@ class DestinationEnd(End):
             self.post(words.SourceAborted(message.abort.reason))
         else:
             raise Corrupt(f"a message {which!r} is not expected here")
+
+    async def _wait_for_devices(self) -> None:
+        """The switch has them before the source hears that a round is loaded: it stops no guest before that.
+
+        A guest that runs on a device which the switch has not seen sends frames to nobody.
+        """
+        deadline = time.monotonic() + DEVICES_S
+        while self.state.phase is Phase.LOADING and time.monotonic() < deadline:
+            if await self.call(self._has_devices):
+                return
+            await asyncio.sleep(DEVICES_POLL_S)
+
+    def _has_devices(self) -> bool:
+        return all(self.driver.port(ref).ifindex for ref in self.refs if self.order.devices.get(ref.mac))
 
     def _load(self, sealed: bytes) -> None:
         section = decode_section(sealed)
