@@ -25,11 +25,14 @@ _WITHOUT_RATE = ("noqueue", "pfifo_fast", "fq_codel", "fq", "pfifo", "bfifo", "s
 
 # linux/rtnetlink.h, linux/gen_stats.h
 _RTM_GETTCLASS, _RTM_NEWTCLASS, _NLMSG_ERROR = 42, 40, 2
-_NLM_F_REQUEST, _NLM_F_ECHO = 1, 8
+_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_ECHO = 1, 4, 8
+_TCA_KIND, _TCA_OPTIONS, _TCA_HTB_PARMS = 1, 2, 1
 _TCA_STATS2, _TCA_STATS_QUEUE = 7, 3
+_LINKLAYER_ETHERNET, _TICK_NS = 1, 64
 _NLA_TYPE_MASK = 0x3FFF
 _HEADER, _TC = struct.Struct("=IHHII"), struct.Struct("=BxxxiIII")
 _ATTRIBUTE, _QUEUE = struct.Struct("=HH"), struct.Struct("=IIIII")
+_RATE, _HTB = struct.Struct("=BBHhHI"), struct.Struct("=IIIII")  # struct tc_ratespec; struct tc_htb_opt has two
 
 
 def root_of(ifindex: int) -> tuple[str, int]:
@@ -88,6 +91,18 @@ def set_class(ifindex: int, number: int, bytes_s: int, burst: int, priority: int
         )
 
 
+def change_class(ifindex: int, number: int, bytes_s: int, burst: int, priority: int = 0) -> None:
+    """As set_class for a class that is there, in a tenth of a millisecond; gone is no error."""
+    rate = _RATE.pack(0, _LINKLAYER_ETHERNET, 0, 0, 0, bytes_s)
+    ticks = burst * 1_000_000_000 // bytes_s // _TICK_NS
+    options = _attribute(_TCA_HTB_PARMS, rate + rate + _HTB.pack(ticks, ticks, _QUANTUM, 0, 7 - priority))
+    body = _attribute(_TCA_KIND, b"htb\0") + _attribute(_TCA_OPTIONS, options)
+    answer = _ask(_RTM_NEWTCLASS, _NLM_F_ACK, ifindex, number, body)
+    failed = -struct.unpack_from("=i", answer, _HEADER.size)[0]
+    if failed not in (0, errno.ENOENT, errno.ENODEV):
+        raise KernelError(f"change class {number} of device {ifindex}", failed)
+
+
 def remove_class(ifindex: int, number: int) -> None:
     """With what waits in it; not there is no error."""
     with IPRoute() as route, kernel_errors("remove a class", errno.ENODEV, errno.ENOENT):
@@ -96,12 +111,7 @@ def remove_class(ifindex: int, number: int) -> None:
 
 def waiting(ifindex: int, number: int) -> int:
     """Frames that wait in a class; 0 when it is not there. Asks for this class alone, in tens of microseconds."""
-    message = _TC.pack(0, ifindex, HANDLE | number, HANDLE, 0)
-    head = _HEADER.pack(_HEADER.size + len(message), _RTM_GETTCLASS, _NLM_F_REQUEST | _NLM_F_ECHO, 1, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as sock:
-        sock.settimeout(5)
-        sock.send(head + message)
-        answer = sock.recv(1 << 16)
+    answer = _ask(_RTM_GETTCLASS, _NLM_F_ECHO, ifindex, number)
     kind = _HEADER.unpack_from(answer)[1]
     if kind == _NLMSG_ERROR:
         number = -struct.unpack_from("=i", answer, _HEADER.size)[0]
@@ -111,6 +121,20 @@ def waiting(ifindex: int, number: int) -> int:
     attributes = dict(_attributes(answer[_HEADER.size + _TC.size :]))
     queue = dict(_attributes(attributes.get(_TCA_STATS2, b""))).get(_TCA_STATS_QUEUE)
     return int(_QUEUE.unpack_from(queue)[0]) if queue else 0
+
+
+def _ask(kind: int, flags: int, ifindex: int, number: int, body: bytes = b"") -> bytes:
+    """The answer to a message about a class."""
+    message = _TC.pack(0, ifindex, HANDLE | number, HANDLE, 0) + body
+    head = _HEADER.pack(_HEADER.size + len(message), kind, _NLM_F_REQUEST | flags, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as sock:
+        sock.settimeout(5)
+        sock.send(head + message)
+        return sock.recv(1 << 16)
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)
 
 
 def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -192,7 +192,7 @@ class Qos(KindTable):
 
     def _open_classes(self, classes: Sequence[_Class]) -> None:
         for ifindex, number, way in classes:
-            self._set_class(ifindex, number, {**way, "rate_bps": htb.OPEN_BYTES_S * 8})
+            htb.change_class(ifindex, number, htb.OPEN_BYTES_S, way["burst_bytes"] // 2, way["priority"])
 
     def idle(self, instance: Instance) -> bool:
         return not _waiting(self._classes(instance))
@@ -218,7 +218,7 @@ class Qos(KindTable):
             self._open.discard(instance.slot)
         if was_open:
             for ifindex, number, way in self._classes(instance):
-                self._set_class(ifindex, number, way)
+                htb.change_class(ifindex, number, way["rate_bps"] // 8, way["burst_bytes"] // 2, way["priority"])
 
     def _classes(self, instance: Instance) -> list[_Class]:
         """Of each direction that shapes here now."""
