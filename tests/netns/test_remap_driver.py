@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -114,6 +115,38 @@ def test_rules_change_under_traffic(host: Host) -> None:
     load(host, guest, first, Op.DELETE)
     assert dumped(host, guest) == []
     assert host.run(lambda: host.driver.port(guest.ref)).drops.get("remap", 0) == 0
+
+
+def test_large_transfers(host: Host) -> None:
+    """Megabytes in each direction at once, in frames of many segments whose checksums the devices finish."""
+    guest, peer = host.guest(INSIDE), host.guest(PEER)
+    load(host, guest, records({"outside": OUTSIDE, "inside": INSIDE}))
+    with guest.socket(socket.SOCK_STREAM) as listener, peer.socket(socket.SOCK_STREAM) as client:
+        listener.bind(("0.0.0.0", PORT))
+        listener.listen()
+        client.connect((OUTSIDE, PORT))
+        server, source = listener.accept()
+        with server:
+            assert source[0] == PEER
+            ends = ((server, bytes(range(251)) * 16_000), (client, bytes(range(249)) * 16_000))
+            senders = [threading.Thread(target=end.sendall, args=(data,)) for end, data in ends]
+            for sender in senders:
+                sender.start()
+            assert [received(client, len(ends[0][1])), received(server, len(ends[1][1]))] == [data for _, data in ends]
+            for sender in senders:
+                sender.join(10)
+    assert host.run(lambda: host.driver.port(guest.ref)).drops.get("remap", 0) == 0
+
+
+def received(end: socket.socket, size: int) -> bytes:
+    """What comes, read while the other end is written to as well."""
+    parts, left = [], size
+    while left:
+        part = end.recv(left)
+        assert part, f"{left} of {size} bytes are missing"
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def test_rules_outlive_the_agent_and_the_host(host: Host) -> None:
