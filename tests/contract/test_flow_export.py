@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from datapath.provider import Driver
 from datapath.state.flow_export import FlowExportDocument
 from datapath.state.kind import Op, Table
 from tests.contract.hosts import Host, ebpf_host, inside
+from tests.netns.flow_collectors import Collectors
 
 CHANNEL = 4711
 TEMPLATE_SETS = {0, 2}
@@ -81,11 +83,12 @@ class Collector:
 class Vm:
     """A port that exports flows, on its way from instance to instance, and the truth of what was counted."""
 
-    def __init__(self, host: Host, collector: Collector, **document: Any) -> None:
+    def __init__(self, host: Host, **document: Any) -> None:
         self.host = host
         self.packets = self.bytes = 0
+        self.ways = {"from": (0, 0), "to": (0, 0)}  # (packets, bytes) of each direction
         self._next = 1
-        self.document = {"active_timeout_s": 1, "inactive_timeout_s": 1, "collectors": [collector.endpoint], **document}
+        self.document = {"active_timeout_s": 1, "inactive_timeout_s": 1, **document}
         self.ref = host.stage(epoch=1)
         self.driver.load(self.ref, Table("flow_export", records=FlowExportDocument(**self.document).records()))
         self.driver.open(self.ref)
@@ -129,6 +132,9 @@ class Vm:
         entries["bytes"] += some * np.uint64(100)
         entries["seen"] = np.maximum(entries["seen"], self.clock())
         self.packets, self.bytes = self.packets + int(some.sum()), self.bytes + 100 * int(some.sum())
+        for side, way in enumerate(("from", "to")):
+            more, (packets, amount) = int(some[:, side].sum()), self.ways[way]
+            self.ways[way] = packets + more, amount + 100 * more
         table.load(keys, entries)
 
     def end(self, part: float) -> None:
@@ -137,6 +143,12 @@ class Vm:
         keys = keys[np.random.default_rng(random.getrandbits(32)).random(len(keys)) < part]
         if len(keys):
             self.driver.load(self.ref, Table("conntrack", Op.DELETE, columns=conntrack.key_columns(keys)))
+
+    def stir(self) -> None:
+        """A little of everything."""
+        self.count(0.5)
+        self.end(0.2)
+        self.begin(5)
 
     def move(self, between: Callable[[], None]) -> None:
         """To another instance; `between` happens before the pause, and after it before the accounting has come."""
@@ -175,13 +187,6 @@ def ebpf(switches: Callable[[str], Host]) -> Iterator[Host]:
     assert {sort: names for sort, names in made.driver.remains().items() if names} == {}
 
 
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    made = Collector()
-    yield made
-    made.close()
-
-
 pytestmark = pytest.mark.root
 
 
@@ -193,7 +198,7 @@ def test_any_order_is_told_exactly(ebpf: Host, version: str) -> None:
     _loopback_up()
     made = Collector()
     try:
-        vm = Vm(ebpf, made, version=version)
+        vm = Vm(ebpf, collectors=[made.endpoint], version=version)
         steps: list[Callable[[], None]] = [
             lambda: vm.begin(random.randrange(1, 60)),
             lambda: vm.count(0.5),
@@ -205,12 +210,33 @@ def test_any_order_is_told_exactly(ebpf: Host, version: str) -> None:
             if number == 8:
                 ebpf.restart()
             if number % 6 == 5:
-                vm.move(lambda: [random.choice(steps)() for _ in range(3)] and None)
+                vm.move(lambda: _several(steps))
         vm.driver.purge(vm.ref)
         assert made.sums() == (vm.packets, vm.bytes)
         _assert_continuous(made, version)
     finally:
         made.close()
+
+
+@pytest.mark.parametrize("version", ["netflow", "ipfix"])
+def test_collectors_that_others_wrote_agree(ebpf: Host, tmp_path: Path, version: str) -> None:
+    """nfcapd and nfacctd over three moves: the same sums each way, no gap in the sequence; tshark reads all."""
+    _loopback_up()
+    collectors = Collectors(tmp_path, "127.0.0.1")
+    with collectors.running():
+        document = {"version": version, "collectors": collectors.endpoints, "source": "198.18.0.77", "domain": 4711}
+        vm = Vm(ebpf, **document, template_refresh_s=1)
+        for _ in range(3):
+            vm.begin(30)
+            _pass(0.6)
+            vm.move(vm.stir)
+        vm.count(0.5)
+        vm.driver.purge(vm.ref)
+        collectors.finish()
+    nfdump, nfacctd = collectors.nfdump("10.0.0.5"), collectors.nfacctd("10.0.0.5")
+    assert (nfdump.counted(), nfacctd.counted()) == (vm.ways, vm.ways)
+    assert (nfdump.complaints, nfacctd.complaints, collectors.malformed()) == ([], [], [])
+    assert {row[0] for row in collectors.tshark("ip.src")} == {"198.18.0.77"}
 
 
 def test_maps_of_another_size_are_taken_over() -> None:
@@ -221,7 +247,7 @@ def test_maps_of_another_size_are_taken_over() -> None:
         _loopback_up()
         made = Collector()
         try:
-            vm = Vm(host, made, version="netflow")
+            vm = Vm(host, collectors=[made.endpoint], version="netflow")
             vm.begin(40)
             _wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
             vm.count(0.5)
@@ -239,8 +265,8 @@ def test_maps_of_another_size_are_taken_over() -> None:
             made.close()
 
 
-def test_a_collector_that_cannot_be_reached_is_an_obstacle(ebpf: Host, collector: Collector) -> None:
-    vm = Vm(ebpf, collector, collectors=["127.0.0.1:9", "203.0.113.9:2055"])
+def test_a_collector_that_cannot_be_reached_is_an_obstacle(ebpf: Host) -> None:
+    vm = Vm(ebpf, collectors=["127.0.0.1:9", "203.0.113.9:2055"])
     need = vm.driver.describe([vm.ref])
     assert (need.kinds["flow_export"], need.kinds["flows"]) == (1, 1)
     assert [one for one in vm.driver.probe(need) if "collector" in one] == [
@@ -255,7 +281,7 @@ def test_what_no_collector_takes_is_told_later(ebpf: Host) -> None:
     _loopback_up()
     made = Collector()
     try:
-        vm = Vm(ebpf, made, collectors=["203.0.113.9:2055"])
+        vm = Vm(ebpf, collectors=["203.0.113.9:2055"])
         vm.begin(20)
         vm.end(0.5)
         _wait(lambda: _record(vm)["errors"] > 0, "an error is counted")
@@ -271,6 +297,11 @@ def _record(vm: Vm) -> dict[str, Any]:
     (table,) = vm.driver.dump(vm.ref, "flow_export")
     assert table.records is not None
     return dict(table.records[0])
+
+
+def _several(steps: list[Callable[[], None]]) -> None:
+    for step in random.choices(steps, k=3):
+        step()
 
 
 def _assert_continuous(made: Collector, version: str) -> None:

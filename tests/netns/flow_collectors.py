@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Collectors of NetFlow and IPFIX in a lab's control namespace: nfdump's nfcapd, pmacct's nfacctd, and a capture that
+"""Collectors of NetFlow and IPFIX in a network namespace: nfdump's nfcapd, pmacct's nfacctd, and a capture that
 tshark reads. And the truth that they are compared with: what a guest's kernel counted."""
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class Found:
 class Collectors:
     """They run from `begin`; `finish` lets them read what has come, ends them and gives their words."""
 
-    def __init__(self, lab: Lab, directory: Path) -> None:
+    def __init__(self, directory: Path, address: str, namespace: str = "") -> None:
+        """`namespace`: where `address` is, "" the one that the calling thread is in."""
         missing = [tool for tool in TOOLS if shutil.which(tool, path="/usr/bin:/usr/sbin:/bin:/sbin") is None]
         if missing:
             pytest.skip(f"not installed: {', '.join(missing)} (tools/packages)")
-        self._namespace, self.directory = lab.name("control"), directory
-        self.address = lab.underlay("control")
+        self._namespace, self.directory, self.address = namespace, directory, address
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
@@ -100,14 +100,16 @@ class Collectors:
 
     def _start(self, name: str, *arguments: Any) -> None:
         with (self.directory / f"{name}.log").open("wb") as log:
-            self._processes[name] = subprocess.Popen(
-                netns.inside(self._namespace, [name, *map(str, arguments)]), stdout=log, stderr=log
-            )
+            self._processes[name] = subprocess.Popen(self._inside(name, *arguments), stdout=log, stderr=log)
+
+    def _inside(self, *command: Any) -> list[str]:
+        words = [str(part) for part in command]
+        return netns.inside(self._namespace, words) if self._namespace else words
 
     def _sockets(self) -> dict[int, int]:
         """UDP port -> bytes that wait to be read."""
         found = {}
-        table = netns.run(netns.inside(self._namespace, ["cat", "/proc/net/udp"]))
+        table = netns.run(self._inside("cat", "/proc/thread-self/net/udp"))
         for line in table.splitlines()[1:]:
             parts = line.split()
             found[int(parts[1].split(":")[1], 16)] = int(parts[4].split(":")[1], 16)

@@ -57,7 +57,7 @@ class Bursts:
 @pytest.mark.parametrize("version", ["netflow", "ipfix"])
 def test_three_moves_are_counted_exactly(world: World, tmp_path: Path, version: str) -> None:
     vm, peer = world.vm("h1", timeouts_ms=SHORT_MS), world.peer("h3")
-    collectors = Collectors(world.cluster, tmp_path)
+    collectors = Collectors(tmp_path, world.cluster.underlay("control"), world.cluster.name("control"))
     truth = Truth(world.cluster, vm, peer)
     with collectors.running():
         document = {"version": version, "collectors": collectors.endpoints, "source": EXPORTER}
