@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.context import Context
-from migrator.cli.reacting import Told, variables
+from migrator.cli.reacting import Told
 from migrator.table import plain
 
 SORTS = ("network", "address-set", "policy", "port", "place", "migration", "host")
@@ -46,7 +48,7 @@ def objects(context: Context, request: pb.WatchRequest, *, vm: str, name: str) -
         uuids |= {port.vm for port in context.coordinator.Show(pb.Empty()).ports if port.name == vm}
     for change in context.coordinator.Watch(request, timeout=None):
         if change.snapshot_end:
-            yield Told("current", "", plain(change), line(change), snapshot=True, end=True)
+            yield Told("current", "", plain(change), partial(line, change), snapshot=True, end=True)
             continue
         op, of = known.take(change)
         if change.sort == "port" and not change.removed:
@@ -65,9 +67,9 @@ def _told(change: pb.Change, op: str, vm: str, name: str) -> Told:
     record = body.get(change.sort.replace("-", "_"), {})
     head: dict[str, object] = {"op": op, "sort": change.sort, "object": change.name, "vm": vm, "name": name}
     head |= {"revision": change.revision, "host": record.get("host", "")}
-    scalar = {field: value for field, value in record.items() if isinstance(value, _SCALAR)}
-    environment = {**variables("", head), **variables("RECORD_", scalar)}
-    return Told(op, change.sort, {**body, "op": op}, line(change), environment, snapshot=change.snapshot)
+    scalar = {name_: value for name_, value in record.items() if isinstance(value, _SCALAR)}
+    parts: dict[str, Mapping[str, Any]] = {"": head, "RECORD_": scalar}
+    return Told(op, change.sort, {**body, "op": op}, partial(line, change), parts, snapshot=change.snapshot)
 
 
 def line(change: pb.Change) -> str:

@@ -23,15 +23,28 @@ SHELL = "/bin/sh"
 
 @dataclass(frozen=True)
 class Told:
-    """A change as it is printed and given to commands. `op`, `sort`: for filters; `end`: the snapshot ends here."""
+    """A change as it is printed and given to commands. `op`, `sort`: for filters; `end`: the snapshot ends here.
+
+    `shown` gives its line, `fields` what its variables are made of, by their prefix: only who needs them pays for them.
+    """
 
     op: str
     sort: str
     body: Mapping[str, Any]
-    line: str
-    variables: Mapping[str, str] = field(default_factory=dict)
+    shown: Callable[[], str]
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     snapshot: bool = False
     end: bool = False
+
+    @property
+    def line(self) -> str:
+        return self.shown()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {
+            name: text for prefix, values in self.fields.items() for name, text in variables(prefix, values).items()
+        }
 
 
 def variables(prefix: str, values: Mapping[str, Any]) -> dict[str, str]:

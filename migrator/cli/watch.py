@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import click
@@ -13,8 +16,7 @@ from datapath.registry import KINDS
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.context import Command, Context, complete, pass_context
 from migrator.cli.objects import SORTS, objects
-from migrator.cli.reacting import Reaction, Told, command, variables
-from migrator.table import print_json
+from migrator.cli.reacting import Reaction, Told, command
 from migrator.watching.match import fields, filters, parse, shown
 from migrator.watching.view import OPS, Change
 
@@ -116,10 +118,9 @@ def _warn(text: str) -> None:
 
 def _printer(context: Context) -> Callable[[Told], None]:
     def show(told: Told) -> None:
-        if context.json:
-            print_json(told.body, lines=True)
-        else:
-            click.echo(told.line)
+        sys.stdout.write((json.dumps(told.body, ensure_ascii=False) if context.json else told.line) + "\n")
+        if told.end or not told.snapshot:  # a snapshot of many goes out in few writes
+            sys.stdout.flush()
 
     return show
 
@@ -160,10 +161,10 @@ def _state(context: Context, options: dict[str, Any]) -> Iterator[Told]:
 def _told(change: Change, name: str) -> Told:
     head: dict[str, Any] = {"op": change.op, "kind": change.kind, "vm": change.vm, "name": name, "mac": change.mac}
     head |= {"host": change.host, "epoch": change.epoch, "time": change.time or time.time()}
-    environment = {**variables("", head), **variables("RECORD_", change.record), **variables("WAS_", change.was)}
+    parts = {"": head, "RECORD_": change.record, "WAS_": change.was}
     body = {**head, "record": change.record, "was": change.was, "snapshot": change.snapshot}
     end = change.op == "current"
-    return Told(change.op, change.kind, body, _line(change, name), environment, snapshot=change.snapshot, end=end)
+    return Told(change.op, change.kind, body, partial(_line, change, name), parts, snapshot=change.snapshot, end=end)
 
 
 def _line(change: Change, name: str) -> str:
