@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A limited VM moves under load: its rate, its burst and what waits for it, at either host and across the move."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from migrator.lab import netns
+from migrator.lab.machines import Machine
+from migrator.lab.processes import wait_until
+
+from .world import World
+
+FRAME_BYTES = 1042  # Ethernet, IPv4, UDP and the data
+HEADERS = 42
+PORT = 9400
+QUIET_S = 0.5  # what waits comes within
+OTHERS = 10  # frames that the guest's kernel sends by itself may be dropped, too
+BURST = 256 << 10
+_NUMBER = struct.Struct("!I")
+_SO_TIMESTAMPNS, _TIMESPEC = 35, struct.Struct("=qq")
+_SO_RCVBUFFORCE = 33
+
+
+class Flood:
+    """Numbered datagrams from one machine to another, twice as fast as its rate lets them pass."""
+
+    def __init__(self, sender: Machine, receiver: Machine, rate_bps: int) -> None:
+        self.rate_bps = rate_bps
+        self.sent = 0
+        self.arrivals: list[tuple[float, int]] = []  # kernel's time in seconds, number
+        self._stop, self._end = threading.Event(), threading.Event()
+        with inside(receiver):
+            self._in = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._in.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 32 << 20)
+            self._in.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+            self._in.bind(("0.0.0.0", PORT))
+        with inside(sender):
+            self._out = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._out.connect((receiver.address, PORT))
+        self._threads = [threading.Thread(target=run) for run in (self._send, self._receive)]
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self) -> None:
+        began, each = time.monotonic(), 2 * self.rate_bps / 8 / FRAME_BYTES
+        while not self._stop.wait(0.005):
+            while self.sent < (time.monotonic() - began) * each:
+                self._out.send(_NUMBER.pack(self.sent).ljust(FRAME_BYTES - HEADERS, b"."))
+                self.sent += 1
+
+    def _receive(self) -> None:
+        while not self._end.is_set():
+            if not select.select([self._in], [], [], 0.1)[0]:
+                continue
+            data, ancillary, _, _ = self._in.recvmsg(2048, 256)
+            seconds, ns = _TIMESPEC.unpack(ancillary[0][2])
+            self.arrivals.append((seconds + ns / 1e9, _NUMBER.unpack_from(data)[0]))
+
+    def run_on(self, count: int) -> None:
+        goal = len(self.arrivals) + count
+        wait_until(f"{count} datagrams arrive", lambda: len(self.arrivals) >= goal, 30.0)
+
+    def finish(self) -> None:
+        """No more is sent; what waits has time to arrive."""
+        self._stop.set()
+        self._threads[0].join()
+        seen = -1
+        while seen < len(self.arrivals):
+            seen = len(self.arrivals)
+            select.select([], [], [], QUIET_S)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+        self._in.close()
+        self._out.close()
+
+    @property
+    def numbers(self) -> list[int]:
+        return [number for _, number in self.arrivals]
+
+    def excess_bytes(self) -> float:
+        """By how much more than the rate the densest interval passed, whatever its length: at most the burst."""
+        began, least, most = self.arrivals[0][0], 0.0, 0.0
+        for index, (moment, _) in enumerate(self.arrivals):
+            before = index * FRAME_BYTES - (moment - began) * self.rate_bps / 8
+            least = min(least, before)
+            most = max(most, before + FRAME_BYTES - least)
+        return most
+
+    def expected_bytes(self) -> float:
+        """What the rate lets pass from the first arrival to the last."""
+        return (self.arrivals[-1][0] - self.arrivals[0][0]) * self.rate_bps / 8
+
+
+def inside(machine: Machine) -> contextlib.AbstractContextManager[None]:
+    return netns.entered(netns.path(machine.lab.name(machine.name)))
+
+
+def limit(world: World, machine: Machine, **ways: Any) -> None:
+    """By the operator's command, on h1."""
+    ran = world.cluster.cli("port", "set", f"{machine.uuid}/{machine.ports[0].mac}", "qos", json.dumps(ways))
+    assert ran.returncode == 0, ran.stderr + ran.stdout
+    wait_until("the agent has it", lambda: records(world, machine, "h1").keys() == ways.keys(), 20.0)
+
+
+def records(world: World, machine: Machine, host: str) -> dict[str, dict[str, Any]]:
+    """By direction, as `migrator port show` has them on the host."""
+    ran = world.cluster.cli("port", "show", f"{machine.uuid}/{machine.ports[0].mac}", "--json", host=host)
+    assert ran.returncode == 0, ran.stderr
+    (shown,) = json.loads(ran.stdout)
+    return {record["direction"]: record for record in shown["status"]["kinds"].get("qos", ())}
+
+
+@pytest.fixture
+def flood() -> Iterator[Any]:
+    with contextlib.ExitStack() as stack:
+
+        def made(*arguments: Any) -> Flood:
+            flood = Flood(*arguments)
+            stack.callback(flood.close)
+            return flood
+
+        yield made
+
+
+RATE = 4_000_000
+
+
+@pytest.mark.parametrize(("mode", "direction"), [("shape", "from"), ("shape", "to"), ("police", "from")])
+def test_a_flood_passes_at_the_rate_and_what_waits_arrives_once(
+    world: World, flood: Any, direction: str, mode: str
+) -> None:
+    """Two moves with the queue full: each datagram arrives once and in order, or is counted as dropped."""
+    vm, peer = world.vm("h1", policy="open"), world.peer("h3")
+    limit(world, vm, **{direction: {"mode": mode, "rate": "4mbit", "burst": BURST}})
+    sender, receiver = (vm, peer) if direction == "from" else (peer, vm)
+    for one, other in ((vm, peer), (peer, vm)):  # a neighbour that is asked for again would want its share
+        command = ["neigh", "replace", other.address, "lladdr", other.ports[0].mac, "dev", "eth0", "nud", "permanent"]
+        netns.ip(*command, namespace=one.lab.name(one.name))
+    stream = flood(sender, receiver, RATE)
+    stream.run_on(2 * BURST // FRAME_BYTES)  # the burst is used up
+    for host in ("h2", "h1"):
+        world.move(vm, host)
+        stream.run_on(200)
+    stream.finish()
+    numbers = stream.numbers
+    assert numbers == sorted(set(numbers)), "twice, or out of order"
+    assert stream.excess_bytes() <= BURST * 1.1, "more than the rate and the burst in some interval"
+    passed, expected = len(numbers) * FRAME_BYTES, stream.expected_bytes()
+    assert 0.95 * expected <= passed <= 1.05 * expected + BURST
+    world.cluster.settled(vm)
+    known: dict[str, Any] = {}
+
+    def accounted() -> bool:
+        known.update(records(world, vm, "h1")[direction])
+        return 0 <= int(known["dropped_packets"]) + len(numbers) - stream.sent <= OTHERS
+
+    wait_until(
+        "every datagram arrived or is counted",
+        accounted,
+        10.0,
+        0.2,
+        lambda: f"{stream.sent} sent, {len(numbers)} arrived, {known}",
+    )
