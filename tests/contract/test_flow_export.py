@@ -265,6 +265,28 @@ def test_maps_of_another_size_are_taken_over() -> None:
             made.close()
 
 
+def test_a_port_that_may_have_more_connections(ebpf: Host) -> None:
+    """What is reported is known of all of them."""
+    _loopback_up()
+    made = Collector()
+    try:
+        vm = Vm(ebpf, collectors=[made.endpoint])
+        vm.driver.update(vm.ref, ebpf.record(connections_max=100))
+        vm.driver.load(vm.ref, Table("flow_export", Op.DELETE, records=[{"name": "flows"}]))
+        vm.driver.load(vm.ref, Table("flow_export", records=FlowExportDocument(**vm.document).records()))
+        vm.begin(90)
+        _wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
+        vm.driver.update(vm.ref, ebpf.record(connections_max=1000))
+        vm.begin(800)
+        for _ in range(2):
+            vm.count(0.5)
+            _wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
+        vm.driver.purge(vm.ref)
+        assert made.sums() == (vm.packets, vm.bytes)
+    finally:
+        made.close()
+
+
 def test_a_collector_that_cannot_be_reached_is_an_obstacle(ebpf: Host) -> None:
     vm = Vm(ebpf, collectors=["127.0.0.1:9", "203.0.113.9:2055"])
     need = vm.driver.describe([vm.ref])

@@ -241,6 +241,7 @@ class FlowExport(KindTable):
         exporter = self._exporters.get(instance.slot)
         if exporter is None or not exporter.may_report():
             return
+        self.tables.fit(instance.slot, instance.entry.record["connections_max"])
         now = self._parts.words.clock(instance.slot)
         found = self.tables.connections(instance.slot)
         reasons = due(found, now, exporter.active_ns, exporter.inactive_ns)

@@ -51,6 +51,16 @@ class FlowTables:
                 with outer.new(room) as fresh:
                     outer.put(slot, fresh)
 
+    def fit(self, slot: int, connections_max: int) -> None:
+        """Room for what is reported of as many connections as the port may have now. The ended stay where they are."""
+        pair, room = self.of(slot), REPORTS_PER_CONNECTION * connections_max
+        if pair is None or pair.reports.entries >= room:
+            return
+        with self._kernel.flow_reports.new(room) as fresh:
+            fresh.load(*pair.reports.read())
+            self._kernel.flow_reports.put(slot, fresh)
+        self._pairs.pop(slot).close()
+
     def remove(self, slot: int) -> None:
         found = self._pairs.pop(slot, None)
         if found is not None:
