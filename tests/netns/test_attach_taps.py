@@ -118,12 +118,6 @@ def test_segmentation_waits_with_the_frame() -> None:
     hold.destroy()
 
 
-def test_a_pump_ends_at_its_deadline() -> None:
-    hold = HoldTap("hold0")
-    assert hold.pump(lambda: 3, seconds=0.05) == Pump(0, 0, 3)
-    hold.destroy()
-
-
 def test_the_kernel_says_nothing_through_a_hold_tap() -> None:
     hold = HoldTap("hold0")
     with IPRoute() as route:

@@ -7,13 +7,16 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from pyroute2 import IPRoute
 
+from datapath.drivers.ebpf import holding
 from datapath.drivers.ebpf.instances import Instance
+from datapath.errors import NotReady
 from datapath.provider import Place
 from datapath.state.kind import Table
 
-from .driver_lab import ANY, Guest, Host, rules, shelf
-from .test_driver_move import resolve
+from .driver_lab import ANY, Guest, Host, rules, shelf, wait_until
+from .test_driver_move import NUMBERS, resolve
 
 
 @pytest.fixture
@@ -48,3 +51,31 @@ def test_rule_no_place_no_frame_answers_the_first_that_the_guest_sends(
         monkeypatch.setattr(fdb, "take_all", slowly)
         target.run(lambda: target.driver.open(vm.ref))
         assert asking.recv(16) == b"answer"
+
+
+def test_what_a_pump_gives_up_is_kept_and_goes_on_later(pair: list[Host], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hold's device takes nothing for a while: the step says so, and what waits reaches the guest by itself."""
+    monkeypatch.setattr(holding, "PUMP_S", 0.1)
+    host, _ = pair
+    vm, peer = host.guest("10.0.0.1", NUMBERS), host.guest("10.0.0.2")
+    resolve(peer, vm)
+    tap = host.driver._parts().instances.find(vm.ref).hold_to.name
+    with peer.socket(socket.SOCK_DGRAM) as sender, vm.socket(socket.SOCK_DGRAM) as receiver:
+        receiver.bind((vm.address, 9000))
+        host.run(lambda: host.driver.hold(vm.ref))
+        for number in range(5):
+            sender.sendto(bytes([number]), (vm.address, 9000))
+        host.run(lambda: set_state(tap, "down"))
+        with pytest.raises(NotReady, match=r"5 frames .* wait") as refused:
+            host.run(lambda: host.driver.resume(vm.ref))
+        assert "they are kept" in refused.value.hint
+        host.run(lambda: set_state(tap, "up"))
+        assert [receiver.recv(4) for _ in range(5)] == [bytes([number]) for number in range(5)]
+        sender.sendto(b"next", (vm.address, 9000))
+        assert receiver.recv(4) == b"next"
+    wait_until(lambda: host.run(lambda: host.driver.port(vm.ref)).held_to == 0, "nothing waits")
+
+
+def set_state(device: str, state: str) -> None:
+    with IPRoute() as route:
+        route.link("set", ifname=device, state=state)

@@ -73,7 +73,7 @@ def test_the_sweeper_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     ledger = Ledger(tmp_path)
     ledger.save_port_later(entries("active")[0])
     nothing: Any = None
-    sweeper = Sweeper(nothing, nothing, ledger, [], nothing, nothing, 0.001)
+    sweeper = Sweeper(nothing, nothing, ledger, [], nothing, nothing, nothing, 0.001)
     swept = []
     sweeper.age_l2 = lambda: swept.append(1)  # type: ignore[method-assign]
     with full_disk():

@@ -146,6 +146,8 @@ class EbpfDriver(Driver):
 
     def open(self, ref: PortRef, *, broadcast: bool = True) -> Pumped:
         parts, instance = self._parts(), self._find(ref)
+        if not parts.kernel.ports.view["ifindex"][instance.slot]:
+            parts.plugs.plug(instance)  # the watch has not told of it yet: what is held would be dropped
         passed = parts.switchover.open(instance, broadcast=broadcast)
         parts.kinds.opened(instance)
         return passed

@@ -13,11 +13,11 @@ from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.keeper import Keeper
 from datapath.drivers.ebpf.kernel import Kernel
 from datapath.drivers.ebpf.layout import C
-from datapath.errors import KernelError
+from datapath.errors import NotReady
 from datapath.provider import Pumped
 
 PUMP_S = 5.0
-_EIO = 5
+"""Without any progress."""
 
 
 class Holds:
@@ -104,12 +104,23 @@ class Holds:
             return Pumped(0, dropped)
         done = tap.pump(self._held(instance, held), PUMP_S)
         if done.left:
-            raise KernelError(
-                f"{done.left} frames of port {instance.ref.mac} did not leave {tap.name} in {PUMP_S:g} s",
-                _EIO,
-                hint="call it again; if it stays, the hold tap was deleted by hand: stage the port anew",
+            instance.unpumped = True
+            raise NotReady(
+                f"{done.left} frames of port {instance.ref.mac} wait in {tap.name}: none left it in {PUMP_S:g} s",
+                hint=f"they are kept, and go on by themselves when device {tap.name} takes frames: ip -s link show",
             )
         return Pumped(done.passed, dropped)
+
+    def pass_on_rest(self, instance: Instance, *, gate_open: bool, running: bool) -> None:
+        """What a pump has given up goes on, as far as it goes now. Waits for nothing; called now and then."""
+        if not instance.unpumped:
+            return
+        to, from_ = self._held(instance, "held_to"), self._held(instance, "held_from")
+        if gate_open and to():
+            instance.hold_to.pump(to, 0.0)
+        if running and from_():
+            instance.hold_from.pump(from_, 0.0)
+        instance.unpumped = bool(to() or from_())
 
     def _held(self, instance: Instance, name: str) -> Callable[[], int]:
         signed = self._kernel.ports.view[name]

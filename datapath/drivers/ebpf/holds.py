@@ -23,15 +23,17 @@ from datapath.drivers.ebpf.maps import Handle
 from datapath.errors import KernelError
 
 QUEUE_LENGTH = 16384  # frames; the tap takes one less
+PUMP_MOST_S = 60.0
 _LOOK_AGAIN_MS = 1
+_LATER = frozenset({errno.EAGAIN, errno.EIO, errno.ENOBUFS, errno.ENOMEM})  # EIO: the device is down
 
 
 @dataclass(frozen=True)
 class Pump:
-    """What a pump did. `left` is what the counter still shows: 0 unless the deadline passed."""
+    """What a pump did. `left` is what the counter still shows: 0 unless it gave up."""
 
     passed: int
-    failed: int  # frames that the device did not take back (it was down or gone)
+    failed: int  # frames that the device will never take back
     left: int
 
 
@@ -47,6 +49,7 @@ class HoldTap(Handle):
             raise KernelError(f"hold tap {name}", errno.EINVAL, hint=f"names have up to {tun.NAME_MAX} characters")
         self.name = name
         self._lock = threading.Lock()
+        self._refused: bytes | None = None  # read, and not taken by the device yet
         self._keeper = keeper
         kept = keeper.take(name) if keeper else None
         self.fd = tun.open_tap(name, persist=True) if kept is None else kept
@@ -63,30 +66,48 @@ class HoldTap(Handle):
             raise KernelError(f"hold tap {self.name}", errno.ENODEV)
         return made.ifindex
 
-    def pump(self, remaining: Callable[[], int], seconds: float = 5.0) -> Pump:
+    def pump(self, remaining: Callable[[], int], seconds: float = 5.0, most_s: float = PUMP_MOST_S) -> Pump:
         """Give back every frame, in order, also those that join meanwhile, until `remaining()` says 0.
 
-        `remaining` is the port's counter of held frames: it also counts a frame on its way into the tap.
+        `remaining` is the port's counter of held frames: it also counts a frame on its way into the tap. Gives up after
+        `seconds` in which nothing moved (a machine without CPU is slow, and goes on), or when frames join as fast as
+        they leave for `most_s`. What is left stays, in order: a frame that the device refuses is the next one's first.
         """
-        deadline = time.monotonic() + seconds
         room = bytearray(tun.FRAME_MAX)
-        view = memoryview(room)
+        began = moved = time.monotonic()
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         passed = failed = 0
         with self._lock:
-            while (left := remaining()) and time.monotonic() < deadline:
-                try:
-                    size = os.readv(self.fd, [room])
-                except BlockingIOError:
-                    poll.poll(_LOOK_AGAIN_MS)
+            while left := remaining():
+                done = self._pass_one(room)
+                now = time.monotonic()
+                if done is None:
+                    if now - moved >= seconds:
+                        break
+                    if self._refused:
+                        time.sleep(_LOOK_AGAIN_MS / 1e3)
+                    else:
+                        poll.poll(_LOOK_AGAIN_MS)
                     continue
-                try:
-                    os.write(self.fd, view[:size])
-                    passed += 1
-                except OSError:
-                    failed += 1
+                passed, failed, moved = passed + done, failed + (not done), now
+                if now - began >= most_s:
+                    break
         return Pump(passed, failed, left)
+
+    def _pass_one(self, room: bytearray) -> bool | None:
+        """The next frame: True when the device took it, False when it never will, None when nothing moved."""
+        try:
+            frame = self._refused or memoryview(room)[: os.readv(self.fd, [room])]
+        except BlockingIOError:
+            return None
+        try:
+            os.write(self.fd, frame)
+        except OSError as error:
+            self._refused = bytes(frame) if error.errno in _LATER else None
+            return None if self._refused else False
+        self._refused = None
+        return True
 
     def write(self, frames: Sequence[bytes]) -> int:
         """Hand frames with vnet header to the tap's ingress program. Returns how many were taken."""
@@ -96,7 +117,8 @@ class HoldTap(Handle):
     def drain(self) -> list[bytes]:
         """Take the waiting frames out for good, with vnet header."""
         with self._lock:
-            return list(tun.read_frames(self.fd, tun.VNET_HEADER))
+            refused, self._refused = self._refused, None
+            return [*([refused] if refused else []), *tun.read_frames(self.fd, tun.VNET_HEADER)]
 
     def destroy(self) -> None:
         """Delete the device and what waits in it."""

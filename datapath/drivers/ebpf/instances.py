@@ -26,6 +26,7 @@ class Instance:
     connections: int = 0
     hold_began: int = 0  # frames that the hold had refused when it began
     guest: GuestTap | None = None  # while a switchover looks into the guest's queue
+    unpumped: bool = False  # a pump gave up: frames wait in an open hold
     queue_before: int = 0  # length of the device's queue while a move has made it longer
 
     @property

@@ -41,7 +41,7 @@ from datapath.drivers.ebpf.tracking import Tracking
 from datapath.drivers.ebpf.underlay import Underlay
 from datapath.drivers.ebpf.uplinks import Uplinks
 from datapath.drivers.ebpf.words import Words
-from datapath.errors import DatapathError
+from datapath.errors import DatapathError, NotReady
 from datapath.provider import Event
 
 _log = logging.getLogger(__name__)
@@ -106,7 +106,14 @@ class Running:
         self.probe = PathProbe(self.underlay.address, options.tunnel_port, kernel.channels)
         self.reports = Reports(self.instances, self.probe, self.tell)
         self.sweeper = Sweeper(
-            kernel, self.words, self.ledger, self.instances, self.networks, self.tell, options.sweep_interval_s
+            kernel,
+            self.words,
+            self.ledger,
+            self.instances,
+            self.networks,
+            self.holds,
+            self.tell,
+            options.sweep_interval_s,
         )
         self.watch = Watch(self.device_added, self.device_removed)
         self.reader = Reader(kernel.switch.map_fd("events"), self.reports.deliver)
@@ -215,9 +222,16 @@ class Running:
         if entry.state == "active" and self.words.word(entry.slot).state == C.PORT_STAGED:
             self.staging.go_on(instance, entry.ref.epoch, held=False)
         elif self.words.running(entry.slot) and self.words.gate(entry.slot) == (C.GATE_LOCAL, False):
-            self.holds.pump_from(instance)  # an agent that opened it died before all that waited had passed
-            self.holds.pump_to(instance)
+            self._pass_on(instance)
         return instance
+
+    def _pass_on(self, instance: Instance) -> None:
+        """An agent that opened the port died before all that waited had passed; what does not pass keeps no agent."""
+        for pump in (self.holds.pump_from, self.holds.pump_to):
+            try:
+                pump(instance)
+            except NotReady as error:
+                _log.warning("%s", error)
 
     def _make_anew(self, entry: PortEntry) -> None:
         """The host was rebooted: the port as configured, its tables empty."""

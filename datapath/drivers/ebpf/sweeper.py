@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from datapath.drivers.ebpf.clock import ktime_ns
+from datapath.drivers.ebpf.holding import Holds
 from datapath.drivers.ebpf.instances import Instance, Instances
 from datapath.drivers.ebpf.kernel import Kernel
 from datapath.drivers.ebpf.layout import C
@@ -42,11 +43,12 @@ class Sweeper:
         ledger: Ledger,
         instances: Instances,
         networks: Networks,
+        holds: Holds,
         tell: Callable[[Event], None],
         interval_s: float = INTERVAL_S,
     ) -> None:
         self._kernel, self._words, self._ledger = kernel, words, ledger
-        self._instances, self._networks = instances, networks
+        self._instances, self._networks, self._holds = instances, networks, holds
         self._tell, self._interval_s = tell, interval_s
         self._due: dict[int, int] = {}
         self._alarmed: set[int] = set()
@@ -68,6 +70,7 @@ class Sweeper:
         while not self._stop.wait(min(INTERVAL_MIN_S, self._interval_s)):
             self._flush()
             try:
+                self._pass_on_rest()
                 self._sweep_due()
                 if ktime_ns() >= due_l2:
                     self.age_l2()
@@ -85,6 +88,12 @@ class Sweeper:
             self._unwritten = True
         else:
             self._unwritten = False
+
+    def _pass_on_rest(self) -> None:
+        for instance in self._instances:
+            target, shut = self._words.gate(instance.slot)
+            gate_open = target != C.GATE_NONE and not shut
+            self._holds.pass_on_rest(instance, gate_open=gate_open, running=self._words.running(instance.slot))
 
     def _sweep_due(self) -> None:
         now = ktime_ns()
