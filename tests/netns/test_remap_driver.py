@@ -17,7 +17,7 @@ from datapath.provider import Need
 from datapath.state.kind import Op, Record, Table
 from datapath.state.remap import RemapDocument
 
-from .driver_lab import Guest, Host, hosts
+from .driver_lab import Guest, Host, hosts, shelf
 
 INSIDE, OUTSIDE, PEER, PORT = "10.0.0.5", "10.0.0.200", "10.0.0.9", 7000
 MANY = 10_000
@@ -25,6 +25,13 @@ MANY = 10_000
 
 @pytest.fixture
 def host() -> Iterator[Host]:
+    with shelf.lend(1) as (made,):
+        yield made
+
+
+@pytest.fixture
+def mortal() -> Iterator[Host]:
+    """A host of the test's own."""
     with hosts(1) as (made,):
         yield made
 
@@ -149,7 +156,8 @@ def received(end: socket.socket, size: int) -> bytes:
     return b"".join(parts)
 
 
-def test_rules_outlive_the_agent_and_the_host(host: Host) -> None:
+def test_rules_outlive_the_agent_and_the_host(mortal: Host) -> None:
+    host = mortal
     guest, peer = host.guest(INSIDE), host.guest(PEER)
     load(host, guest, records({"outside": OUTSIDE, "inside": INSIDE}))
     talk(guest, peer)

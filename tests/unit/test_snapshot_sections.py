@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datapath.registry import KINDS
@@ -24,7 +24,7 @@ def test_every_kind_has_a_sample() -> None:
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @given(data=st.data(), port=MACS, number=st.integers(0, 1 << 31), codec=st.sampled_from(["none", "zstd"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_round_trip(kind: Kind, data: st.DataObject, port: str, number: int, codec: str) -> None:
     given_table = data.draw(table(kind))
     sections = [decode_section(raw) for raw in encode_table(given_table, port, number, codec=codec)]
