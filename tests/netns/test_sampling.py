@@ -99,7 +99,8 @@ def test_collectors_see_one_source_across_moves(world: World, collectors: Rig) -
     assert collectors.complaints() == []
     assert collectors.nfdump() == (RATE * len(flows), RATE * size)
     samples, accounted, ways = collectors.pmacct()
-    assert (samples, accounted) == (len(flows), size)
+    of_ip = [flow.frame_length for flow in flows if flow.header[12:14] in (b"\x08\x00", b"\x86\xdd")]
+    assert (samples, accounted) == (len(of_ip), sum(of_ip)), "sfacctd accounts nothing else, such as ARP"
     assert {(SUB_AGENT, 9), (9, SUB_AGENT)} <= ways
 
 
