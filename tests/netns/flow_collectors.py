@@ -192,10 +192,12 @@ class Truth:
 """
 
     def __init__(self, lab: Lab, machine: Machine, *others: Machine) -> None:
-        """`others` send to it. Nobody joins segments: a guest's kernel would count them as one packet."""
+        """`others` send to it. Before any connection is made: TCP makes no skb of more than one segment, and nobody
+        joins some, or a guest's kernel would count them as one packet."""
         for one in (machine, *others):
             off = ["ethtool", "-K", GUEST_DEVICE, "tso", "off", "gso", "off", "gro", "off"]
             netns.run(netns.inside(lab.name(one.name), off))
+            netns.ip("link", "set", GUEST_DEVICE, "gso_max_segs", "1", namespace=lab.name(one.name))
         self._namespace = lab.name(machine.name)
         netns.run(netns.inside(self._namespace, ["nft", "-f", "-"]), self.RULES)
 

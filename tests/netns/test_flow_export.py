@@ -70,7 +70,7 @@ def test_three_moves_are_counted_exactly(world: World, tmp_path: Path, version: 
             bursts.turn()
             world.move(vm, host)
         talk.flow_on(2000)
-        assert talk.check(size=1000)["lost"] == 0  # in one segment: the guest's kernel counts before it cuts
+        talk.assert_whole()
         for client in talk.clients:
             client.call("close")
         bursts.finish()
