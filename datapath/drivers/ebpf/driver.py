@@ -270,9 +270,9 @@ class EbpfDriver(Driver):
         return self._state().load(self._find(ref), table)
 
     def track(self, ref: PortRef) -> None:
-        instance = self._find(ref)
-        self._parts().tracking.begin(instance)
-        queues.widen(instance, fresh=False)
+        parts, instance = self._parts(), self._find(ref)
+        parts.tracking.begin(instance)
+        queues.widen_aside(instance, parts.switchover.aside)
 
     def drain(self, ref: PortRef) -> list[Table]:
         return self._parts().tracking.drain(self._find(ref))
@@ -281,7 +281,7 @@ class EbpfDriver(Driver):
         instance = self._find(ref)
         instance.forget_guest()  # no switchover follows: its device may go
         self._parts().tracking.end(instance)
-        queues.narrow(instance)
+        queues.narrow(instance, self._parts().switchover.aside)
 
     def settle(self, ref: PortRef) -> Iterator[Table]:
         return self._state().settle(self._find(ref))
@@ -289,7 +289,7 @@ class EbpfDriver(Driver):
     def settled(self, ref: PortRef) -> None:
         instance = self._find(ref)
         self._state().settled(instance)
-        queues.narrow(instance)
+        queues.narrow(instance, self._parts().switchover.aside)
 
     def describe(self, refs: Sequence[PortRef]) -> Need:
         entries = [self._find(ref).entry for ref in refs]

@@ -98,7 +98,7 @@ class Plugs:
             self._attachments.attach(link.ifindex, Direction.INGRESS, self._kernel.switch.program("from_port"))
             self._kernel.ports.view["ifindex"][instance.slot] = link.ifindex
         if self._arrives(instance):
-            queues.widen(instance, fresh=True)
+            queues.widen(instance)
         if before != link.ifindex:
             self._kinds.plugged(instance)
 

@@ -208,7 +208,7 @@ class Staging:
         record["from"], record["slot"], record["epoch"] = source["addr"], instance.slot, instance.ref.epoch
         self._kernel.channels.set(channel, record)
         self._words.flag(instance.slot, add=C.PORT_F_UNSETTLED | C.PORT_F_AWAITS_SOURCE | C.PORT_F_NO_BROADCAST)
-        queues.widen(instance, fresh=True)
+        queues.widen(instance)
 
     # ---- purge ----
 

@@ -8,7 +8,7 @@ PROTOCOL.md says why in this order. A step that was interrupted by a crash of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from datapath.drivers.ebpf.clock import barrier, ktime_ns
@@ -26,6 +26,7 @@ from datapath.errors import NotReady
 from datapath.provider import Pumped
 
 CHANNEL_MAX = (1 << 24) - 1
+ASIDE_S = 1.0
 SOURCE_FIRST_S = 1.5
 """Frames that come by themselves wait so long for what the source held when nobody lets them go (`source_done`). Longer
 than whoever calls waits: what passes by the lease overtakes what it finds waiting."""
@@ -102,6 +103,22 @@ class Switchover:
         self._kernel.ports.store(instance.slot, "lease", 0)
         self._words.set_gate(instance.slot, C.GATE_LOCAL, shut=True)
         barrier()
+
+    def aside(self, instance: Instance, change: Callable[[], None]) -> None:
+        """Make a change to an open port's device that would cost frames: they wait meanwhile, a few milliseconds."""
+        slot = instance.slot
+        if self._words.gate(slot) != (C.GATE_LOCAL, False):
+            return change()
+        self._kernel.ports.store(slot, "lease", ktime_ns() + int(ASIDE_S * 1e9))  # if the agent dies here
+        self._words.set_gate(slot, C.GATE_LOCAL, shut=True)
+        barrier()
+        try:
+            change()
+        finally:
+            self._words.set_gate(slot, C.GATE_LOCAL)
+            self._kernel.ports.store(slot, "lease", 0)
+            self._holds.pump_to(instance)
+        return None
 
     def quiesce(self, instance: Instance) -> None:
         slot = instance.slot
