@@ -41,6 +41,7 @@ class Link:
         self._attached = attached
         self._transport = transport
         self._outgoing: Outgoing | None = None
+        self._greeting: Outgoing | None = None  # of a stream whose hello is made, or not answered yet
         self._why = ""
         self._log = structlog.get_logger()
 
@@ -49,9 +50,13 @@ class Link:
         return self._outgoing is not None
 
     def send(self, message: pb.FromAgent) -> None:
-        """Lost while the coordinator is away: what matters is said again when it is back."""
-        if self._outgoing is not None:
-            self._outgoing.put(message)
+        """Lost while the coordinator is away: what matters is said again when it is back.
+
+        What is said while a hello is under way goes behind it: it may know of a guest no more than that it ran.
+        """
+        outgoing = self._outgoing or self._greeting
+        if outgoing is not None:
+            outgoing.put(message)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -69,7 +74,7 @@ class Link:
             finally:
                 if self._outgoing is not None:
                     self._log.info("coordinator lost", address=self._address)
-                self._outgoing = None
+                self._outgoing = self._greeting = None
             if asyncio.get_running_loop().time() - began > PAUSE_LAST_S:
                 pause = PAUSE_FIRST_S
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
@@ -84,12 +89,15 @@ class Link:
     async def _attach(self) -> None:
         options = [*CHANNEL_OPTIONS[2:], ("grpc.max_receive_message_length", MESSAGE_BYTES)]
         async with self._transport.to_coordinator(self._address, options) as channel:
-            outgoing = Outgoing()
-            outgoing.put(pb.FromAgent(hello=await self._hello()))
+            outgoing = self._greeting = Outgoing()
+            hello = pb.FromAgent(hello=await self._hello())
             stub: Any = rpc.CoordinatorStub(channel)  # type: ignore[no-untyped-call]
             call = stub.Attach()
             reader = asyncio.create_task(self._read(call, outgoing))
-            beside = [asyncio.create_task(_write(call, outgoing)), asyncio.create_task(self._watch(outgoing, reader))]
+            beside = [
+                asyncio.create_task(_write(call, hello, outgoing)),
+                asyncio.create_task(self._watch(outgoing, reader)),
+            ]
             try:
                 await asyncio.wait({reader})
                 if not reader.cancelled():  # else it was cut off, here
@@ -116,9 +124,9 @@ class Link:
         reader.cancel()
 
 
-async def _write(call: Any, outgoing: Outgoing) -> None:
-    """Until the stream breaks, which its reader notices."""
+async def _write(call: Any, message: pb.FromAgent, outgoing: Outgoing) -> None:
+    """`message`, then what is put. Until the stream breaks, which its reader notices."""
     while True:
-        message = await outgoing.get()
         passing("agent.send", message)
         await call.write(message)
+        message = await outgoing.get()

@@ -87,7 +87,10 @@ class Deaf(rpc.CoordinatorServicer):
 
 
 class Attached:
-    """A link to a coordinator that is deaf at first."""
+    """A link to a coordinator that is deaf at first. `meanwhile` is said while a hello is made."""
+
+    def __init__(self, meanwhile: pb.FromAgent | None = None) -> None:
+        self.meanwhile = meanwhile
 
     async def __aenter__(self) -> Attached:
         self.deaf = Deaf()
@@ -98,6 +101,8 @@ class Attached:
         self.times = 0
 
         async def hello() -> pb.Hello:
+            if self.meanwhile is not None:
+                self.link.send(self.meanwhile)
             return pb.Hello(host="a")
 
         async def take(message: pb.ToAgent) -> None:
@@ -138,6 +143,18 @@ def test_a_coordinator_that_reads_nothing_for_long_has_missed_nothing() -> None:
             await it.until(lambda: it.deaf.heard and it.deaf.heard[-1].progress.event == "settled")
             assert [m.progress.event for m in it.deaf.heard if m.progress.event != "running"] == WORDS
             assert it.times == 1
+
+    asyncio.run(scenario())
+
+
+def test_what_is_said_beside_a_hello_goes_behind_it() -> None:
+    gone = pb.FromAgent(guest=pb.GuestEvent(vm="vm0", state="gone"))
+
+    async def scenario() -> None:
+        async with Attached(meanwhile=gone) as it:
+            it.deaf.reads.set()
+            await it.until(lambda: it.deaf.heard)
+            assert it.deaf.heard == [gone]
 
     asyncio.run(scenario())
 
