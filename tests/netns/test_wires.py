@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from migrator._pb import migrator_pb2 as pb
 from migrator.lab.machines import Machine
 from migrator.lab.processes import wait_until
 
+from .matrix import state_of
 from .test_rules import instances
 from .traffic import Streams
 from .wires import Flow, Wires
@@ -118,11 +120,11 @@ def changing(fails: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_rule_a_guest_that_stops_by_itself(world: World, route: tuple[str, ...], network: str) -> None:
     """Following: it misses only what its hypervisor swallowed. That was on a tap of it, and no host lost any."""
-    behaviour = {"memory_ms": 60_000, "self_stop_ms": 300, "swallow": True}
+    behaviour = {"memory_ms": 60_000, "swallow": True}
     vm, peer = world.vm("h1", network, behaviour=behaviour), world.peer("h3", network)
     streams = Streams(vm, peer)
     wires, to, back = captured(world, streams, vm, peer)
-    reports = world.follow(vm, route)
+    reports = [stopping_by_itself(world, vm, host) for host in route]
     streams.run_on(100)
     streams.finish()
     wires.assert_conserved(to, taken=sum(report.frames["taken"] for report in reports))
@@ -136,9 +138,30 @@ def test_rule_a_guest_that_stops_by_itself(world: World, route: tuple[str, ...],
     wires.assert_lossless(back)
 
 
+def stopping_by_itself(world: World, vm: Machine, to: str) -> pb.Migration:
+    reports = world.cluster.migration(vm, to)
+    next(reports)
+    wait_for_device(world, vm, to)
+    vm.order("suspend")
+    *_, report = reports
+    assert report.outcome == "complete", report
+    assert vm.place() == to
+    return report
+
+
+def wait_for_device(world: World, vm: Machine, host: str) -> None:
+    """Until the host's switch has the VM's device: a hypervisor made it there long before its memory was copied."""
+
+    def there() -> bool:
+        own = [port for port in world.cluster.ports(host) if port.instance.vm == vm.uuid]
+        return any(port.instance.state == "staged" and port.device for port in own)
+
+    wait_until(f"{host} has the device", there, 20.0, 0.002)
+
+
 def test_rule_a_guest_that_stops_while_its_agent_has_no_cpu(world: World) -> None:
     """Its device is gone before the source's agent hears of the stop: what came for it waits in the device's queue."""
-    behaviour = {"memory_ms": 60_000, "self_stop_ms": 30, "swallow": False}
+    behaviour = {"memory_ms": 60_000, "swallow": False}
     vm, peer = world.vm("h1", behaviour=behaviour), world.peer("h3")
     streams = Streams(vm, peer)
     wires, to, back = captured(world, streams, vm, peer)
@@ -146,8 +169,10 @@ def test_rule_a_guest_that_stops_while_its_agent_has_no_cpu(world: World) -> Non
     reports = world.cluster.migration(vm, "h2")
     next(reports)
     try:
-        wait_until("the guest moves", lambda: vm.order("status")["migrating"], 20.0, 0.0)
+        wait_for_device(world, vm, "h2")
         os.kill(agent, signal.SIGSTOP)
+        wait_until("it stands", lambda: state_of(agent) == "T", 20.0, 0.0)
+        vm.order("suspend")
         vm.wait_for_place("h2")
         mark = streams.sent(1)
         wait_until("the source's device would be gone", lambda: streams.sent(1) >= mark + 60, 5.0)
