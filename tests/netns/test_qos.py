@@ -8,6 +8,7 @@ import json
 import select
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ PORT = 9400
 QUIET_S = 0.5  # what waits comes within
 OTHERS = 10  # frames that the guest's kernel sends by itself may be dropped, too
 BURST = 256 << 10
+TCP_SHARE = 1448 / 1514  # data in a full frame
 _NUMBER = struct.Struct("!I")
 _SO_TIMESTAMPNS, _TIMESPEC = 35, struct.Struct("=qq")
 _SO_RCVBUFFORCE = 33
@@ -176,3 +178,66 @@ def test_a_flood_passes_at_the_rate_and_what_waits_arrives_once(
         0.2,
         lambda: f"{stream.sent} sent, {len(numbers)} arrived, {known}",
     )
+
+
+def test_a_vm_that_has_used_its_burst_has_none_at_the_other_host(world: World) -> None:
+    """The bucket of 256 KiB takes 32 s to fill again: what is left of the debt is what time has paid."""
+    vm, peer = world.vm("h1", policy="open"), world.peer("h3")
+    limit(world, vm, **{"from": {"mode": "police", "rate": "64kbit", "burst": BURST}})
+    with inside(vm), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+        began = time.monotonic()
+        for _ in range(2 * BURST // FRAME_BYTES):
+            out.sendto(bytes(FRAME_BYTES - HEADERS), (peer.address, PORT))
+        wait_until("the burst is used up", lambda: records(world, vm, "h1")["from"]["dropped_packets"] > 0, 10.0)
+        world.move(vm, "h2")
+        world.cluster.settled(vm)
+        found = records(world, vm, "h2")["from"]
+        passed_s = time.monotonic() - began
+        full = BURST * 8 / 64_000
+        assert full - passed_s - 1 <= found["debt_ns"] / 1e9 <= full
+        for _ in range(2 * BURST // FRAME_BYTES):
+            out.sendto(bytes(FRAME_BYTES - HEADERS), (peer.address, PORT))
+        refilled = (time.monotonic() - began) * 8000 / FRAME_BYTES  # since the burst was used up
+
+        def dropped() -> int:
+            return int(records(world, vm, "h2")["from"]["dropped_packets"]) - int(found["dropped_packets"])
+
+        wait_until(
+            "no more than time has paid passes", lambda: dropped() >= 2 * BURST // FRAME_BYTES - refilled - 1, 10.0
+        )
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("direction", ["from", "to"])
+def test_tcp_has_its_rate_across_moves(world: World, direction: str) -> None:
+    """iperf3's own count, by the share of data in full frames."""
+    vm, peer = world.vm("h1", policy="open"), world.peer("h3")
+    limit(world, vm, **{direction: {"rate": "20mbit", "burst": "512KiB"}})
+    client, server = (vm, peer) if direction == "from" else (peer, vm)
+    with iperf(server, "-s", "-1"), iperf(client, "-c", server.address, "-t", "5", "-J") as running:
+        for host in ("h2", "h1"):
+            world.move(vm, host)
+        output, _ = running.communicate(timeout=40)
+    end = json.loads(output)["end"]
+    rate = end["sum_received"]["bits_per_second"]
+    burst_share = (512 << 10) * 8 / end["sum_received"]["seconds"] * TCP_SHARE
+    assert 20e6 * TCP_SHARE * 0.95 <= rate <= 20e6 * TCP_SHARE * 1.05 + burst_share
+
+
+@contextlib.contextmanager
+def iperf(machine: Machine, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Ends with the block."""
+    command = netns.inside(machine.lab.name(machine.name), ["iperf3", "-p", str(PORT), *arguments])
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    try:
+        if "-s" in arguments:
+            wait_until("iperf3 listens", lambda: _listens(machine), 10.0)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _listens(machine: Machine) -> bool:
+    with inside(machine):
+        return subprocess.run(["ss", "-Hltn", f"sport = :{PORT}"], capture_output=True, check=True).stdout != b""
