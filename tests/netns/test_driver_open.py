@@ -9,14 +9,17 @@ from collections.abc import Iterator
 import pytest
 from pyroute2 import IPRoute
 
-from datapath.drivers.ebpf import holding
+from datapath.drivers.ebpf import devices, holding
+from datapath.drivers.ebpf.holds import QUEUE_LENGTH
 from datapath.drivers.ebpf.instances import Instance
 from datapath.errors import NotReady
 from datapath.provider import Place
 from datapath.state.kind import Table
 
 from .driver_lab import ANY, Guest, Host, rules, shelf, wait_until
-from .test_driver_move import NUMBERS, resolve
+from .test_driver_move import NUMBERS, Stream, resolve
+
+ROUNDS = 10
 
 
 @pytest.fixture
@@ -79,3 +82,31 @@ def test_what_a_pump_gives_up_is_kept_and_goes_on_later(pair: list[Host], monkey
 def set_state(device: str, state: str) -> None:
     with IPRoute() as route:
         route.link("set", ifname=device, state=state)
+
+
+def test_a_queue_that_is_made_longer_under_traffic_loses_nothing(
+    pair: list[Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A migration begins and is given up, again and again: frames wait while the guest's device gets another queue."""
+    host, _ = pair
+    vm, peer = host.guest("10.0.0.1", NUMBERS), host.guest("10.0.0.2")
+    resolve(peer, vm)
+    gates: list[str] = []
+    set_queue = devices.set_queue
+
+    def noted(link: devices.Link, length: int) -> None:
+        gates.append(host.driver.port(vm.ref).gate)
+        set_queue(link, length)
+
+    monkeypatch.setattr(devices, "set_queue", noted)
+    stream = Stream(peer, vm.address, vm)
+    stream.run_on(20)
+    for _ in range(ROUNDS):
+        host.run(lambda: host.driver.track(vm.ref))
+        assert host.run(devices.links)[vm.device].queue == QUEUE_LENGTH
+        host.run(lambda: host.driver.untrack(vm.ref))
+    stream.run_on(20)
+    (got,) = stream.finish()
+    assert got == list(range(stream.sent))
+    assert gates == ["local shut"] * 2 * ROUNDS
+    assert host.run(lambda: host.driver.port(vm.ref)).gate == "local"
