@@ -11,7 +11,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -128,7 +128,7 @@ def records(world: World, machine: Machine, host: str) -> dict[str, dict[str, An
 
 
 @pytest.fixture
-def flood() -> Iterator[Any]:
+def flood() -> Iterator[Callable[..., Flood]]:
     with contextlib.ExitStack() as stack:
 
         def made(*arguments: Any) -> Flood:
@@ -144,7 +144,7 @@ RATE = 4_000_000
 
 @pytest.mark.parametrize(("mode", "direction"), [("shape", "from"), ("shape", "to"), ("police", "from")])
 def test_a_flood_passes_at_the_rate_and_what_waits_arrives_once(
-    world: World, flood: Any, direction: str, mode: str
+    world: World, flood: Callable[..., Flood], direction: str, mode: str
 ) -> None:
     """Two moves with the queue full: each datagram arrives once and in order, or is counted as dropped."""
     vm, peer = world.vm("h1", policy="open"), world.peer("h3")
