@@ -36,6 +36,8 @@ INTERVAL_S = 1.0
 INTERVAL_MIN_S, INTERVAL_MAX_S = 0.1, 3600.0
 SHARE = 0.1
 """Of the time that a VM's lane has: a look that takes long is followed by a pause nine times as long."""
+OPENED_S = 1.0
+"""A port that has just opened is announced and takes what its source held, by the same lane: they go first."""
 THERE = frozenset({PortState.ACTIVE, PortState.QUIESCED})
 """A quiesced port stands: it moves or comes back."""
 URGENT = frozenset(
@@ -62,6 +64,7 @@ class Watching:
         self._driver, self._around, self._ends_of = driver, around, ends_of
         self._watchers: set[Watcher] = set()
         self._vms: dict[str, _Vm] = {}
+        self._opened: dict[str, float] = {}
         self._runner: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._log = structlog.get_logger()
@@ -167,7 +170,12 @@ class Watching:
 
     def _urgent(self, vm: str) -> bool:
         """Is its lane needed for a switchover? Nothing of what happens meanwhile is lost: it is seen afterwards."""
-        return any(end.state.phase in URGENT for end in self._ends_of(vm))
+        phases = {end.state.phase for end in self._ends_of(vm)}
+        if coming.Phase.OPEN not in phases:
+            self._opened.pop(vm, None)
+        elif time.monotonic() - self._opened.setdefault(vm, time.monotonic()) < OPENED_S:
+            return True
+        return not phases.isdisjoint(URGENT)
 
     async def _look(self, name: str, vm: _Vm, refs: list[PortRef]) -> None:
         took = 0.0

@@ -97,11 +97,12 @@ class Newcomers:
 
     def _tick(self) -> None:
         crowd = self.crowd
+        if not crowd.coming:
+            return
         due = int((time.monotonic() - crowd.started) * crowd.per_s) + 1
         for _ in range(min(BURST, due - crowd.begun)):
             self._open(crowd)
-        if crowd.coming:
-            self.loop.after(TICK_S, self._tick)
+        self.loop.after(TICK_S, self._tick)
 
     def _open(self, crowd: Crowd) -> None:
         made = socket.socket(family(crowd.address), socket.SOCK_STREAM)
