@@ -338,7 +338,7 @@ class Reference:
         """A connection from before a change of the policy is judged again, as the direction that opened it."""
         if entry.judged == self.policy:
             return ""
-        reason = self._verdict(packet, TO if entry.flags & INBOUND else FROM)
+        reason = self._verdict(packet, TO if entry.flags & INBOUND else FROM, again=True)
         if not reason:
             entry.judged = self.policy
         elif self.setting.learning:
@@ -348,9 +348,11 @@ class Reference:
             del self.table[packet.key]
         return reason
 
-    def _verdict(self, packet: Packet, direction: int) -> str:
-        """The first rule in order of priority that matches; without one, dropped."""
+    def _verdict(self, packet: Packet, direction: int, *, again: bool = False) -> str:
+        """The first rule in order of priority that matches; without one, dropped. `again`: a connection goes on."""
         rule = next((rule for rule in self._ranked[self.policy] if matches(rule, packet, direction)), None)
+        if again and rule and rule["action"] == "allow":
+            return ""
         number = rule["id"] if rule else 0
         self.hits[number] += packet.wire_packets
         self.hit_bytes[number] += packet.wire_bytes

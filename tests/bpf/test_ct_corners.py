@@ -189,7 +189,7 @@ def test_a_later_fragment_is_judged_again_as_its_query(ports: Ports, v6: bool) -
     assert port.send(FROM, made[1]) == MODEL.DROP_NONE
     port.set_policy([rule(4, "from", protocol=name, icmp=[13, 0])])
     assert port.send(FROM, made[1]) == MODEL.DROP_POLICY
-    assert port.hits(3)[0] == 1
+    assert (port.hits(3)[0], port.hits(0)[0]) == (0, 1)
 
 
 @pytest.fixture

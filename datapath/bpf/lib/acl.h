@@ -138,9 +138,12 @@ static __always_inline void acl_count(__u32 slot, __u32 rule, const struct packe
 	hits->bytes += pkt->wire_bytes;
 }
 
+#define ACL_AGAIN 2 /* beside the direction: of a connection that was let in before */
+
 /*
  * Judges `pkt` by `policy` (POLICY_WORD, read by the caller before) as a packet that opens in `direction` (enum
- * acl_direction). Counts the rule's hit for the port's slot and emits EVENT_LOG if the rule says so.
+ * acl_direction). Counts the rule's hit for the port's slot and emits EVENT_LOG if the rule says so: not for a
+ * connection that goes on (ACL_AGAIN), whose hit was counted when it began.
  * Returns DROP_NONE; DROP_POLICY; DROP_REJECT (the caller answers); DROP_CT_RACE when the policy was replaced
  * meanwhile: nothing is known, so nothing may be concluded. Global, so that it is verified once.
  */
@@ -154,7 +157,7 @@ __noinline int acl_judge(struct __sk_buff *skb, struct port *port, struct packet
 	if (!port || !pkt)
 		return DROP_POLICY;
 	if (generation)
-		rank = acl_match(generation, pkt, direction);
+		rank = acl_match(generation, pkt, direction & 1);
 	if (rank == ACL_GONE)
 		return DROP_CT_RACE;
 	if (rank != ACL_NO_RULE) {
@@ -164,8 +167,10 @@ __noinline int acl_judge(struct __sk_buff *skb, struct port *port, struct packet
 			return DROP_CT_RACE;
 	}
 	reason = rule->action == ACL_ALLOW ? DROP_NONE : rule->action == ACL_REJECT ? DROP_REJECT : DROP_POLICY;
+	if (reason == DROP_NONE && direction & ACL_AGAIN)
+		return DROP_NONE;
 	acl_count(port->slot, rule->id, pkt);
 	if (rule->log)
-		event_send(skb, port->slot, EVENT_WHAT(EVENT_LOG, direction, reason), rule->id);
+		event_send(skb, port->slot, EVENT_WHAT(EVENT_LOG, direction & 1, reason), rule->id);
 	return reason;
 }

@@ -17,7 +17,7 @@ static __always_inline int track_allowed(struct tracking *t, struct ct_entry *en
 
 	if (digest && READ_ONCE(entry->judged) == digest)
 		return DROP_NONE;
-	reason = track_judge(t, CT_FLAGS(word) & CT_F_INBOUND ? ACL_TO : ACL_FROM);
+	reason = track_judge(t, ACL_AGAIN | (CT_FLAGS(word) & CT_F_INBOUND ? ACL_TO : ACL_FROM));
 	if (reason == DROP_NONE) {
 		WRITE_ONCE(entry->judged, digest);
 		mark_dirty(t->slot, &t->key);
