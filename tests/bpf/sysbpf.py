@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,10 @@ def bpf(command: int, attributes: bytes) -> tuple[int, bytes]:
 
 def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
     return ctypes.create_string_buffer(bytes(data), max(len(data), 1))
+
+
+FILL_KEYS = 4_096
+FILL_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,20 @@ class Map:
         bpf(_MAP_UPDATE_BATCH, struct.pack("=QQQQIIQQ", 0, 0, *addresses, self.max_entries, self.fd, 0, 0))
 
     def fill(self, keys: list[bytes]) -> None:
-        """Zeroes at all these keys, in one call."""
-        self._batch(_MAP_UPDATE_BATCH, keys)
+        """Zeroes at all these keys. Memory of one value for each CPU comes a little at a time: kernel's percpu pool."""
+        deadline = time.monotonic() + FILL_S
+        for start in range(0, len(keys), FILL_KEYS):
+            while not self._filled(keys[start : start + FILL_KEYS]):
+                assert time.monotonic() < deadline, f"no memory for {len(keys)} elements"
+
+    def _filled(self, keys: list[bytes]) -> bool:
+        try:
+            self._batch(_MAP_UPDATE_BATCH, keys)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            return False
+        return True
 
     def empty(self, keys: list[bytes]) -> None:
         """Take these keys out, in one call."""

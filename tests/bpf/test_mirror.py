@@ -183,6 +183,12 @@ def test_a_copy_whose_mirror_is_gone_ends_at_the_cutter(lab: Lab) -> None:
     assert lab.switch.run("to_cutter", datagram(B, A), mark=mark).verdict == 2  # TC_ACT_SHOT
 
 
+def test_a_copy_that_is_not_longer_than_its_mirror_takes_by_now_goes_on(lab: Lab) -> None:
+    to_device(lab, 1, snap=100)
+    mark = MODEL.SKB_MARK_COPY + MODEL.MIRRORS_MAX
+    assert lab.switch.run("to_cutter", datagram(B, A), mark=mark).verdict == 7  # TC_ACT_REDIRECT
+
+
 def test_a_cut_copy_whose_output_is_gone_is_counted(lab: Lab) -> None:
     cutter(lab)
     a, b = two(lab)

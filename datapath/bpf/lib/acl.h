@@ -122,7 +122,7 @@ static __always_inline __u32 acl_match(__u32 generation, const struct packet *pk
 	return acl_first_common(rows, 1 + *row * (shape->groups + 1), 1 + interval->row * (shape->groups + 1));
 }
 
-static __always_inline void acl_count(__u32 slot, __u32 rule, const struct packet *pkt)
+static __noinline void acl_count(__u32 slot, __u32 rule, const struct packet *pkt)
 {
 	struct hits_key key = {.slot = slot, .rule = rule};
 	struct hits first = {.packets = pkt->wire_packets, .bytes = pkt->wire_bytes};
