@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from datapath.drivers.ebpf import devices
 from datapath.drivers.ebpf.attach import Attachments, Direction
 from datapath.drivers.ebpf.clock import barrier
-from datapath.drivers.ebpf.holds import HoldTap
+from datapath.drivers.ebpf.holds import PUMP_MOST_S, HoldTap
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.keeper import Keeper
 from datapath.drivers.ebpf.kernel import Kernel
@@ -18,6 +18,7 @@ from datapath.provider import Pumped
 
 PUMP_S = 5.0
 """Without any progress."""
+REST_S = 0.5
 
 
 class Holds:
@@ -91,35 +92,37 @@ class Holds:
 
     # ---- frames ----
 
-    def pump_to(self, instance: Instance) -> Pumped:
-        """Frames towards the guest go where the gate says, in order, until none waits."""
-        return self._pump(instance, instance.hold_to, "held_to", self.overflowed(instance) - instance.hold_began)
+    def pump_to(self, instance: Instance, most_s: float = PUMP_MOST_S) -> Pumped:
+        """Frames towards the guest go where the gate says, in order, until none waits. Raises NotReady, see `pump`."""
+        dropped = self.overflowed(instance) - instance.hold_began
+        return self._pump(instance, instance.hold_to, "held_to", dropped, most_s)
 
     def pump_from(self, instance: Instance) -> Pumped:
         """Frames from the guest are judged and go, in order, until none waits."""
         return self._pump(instance, instance.hold_from, "held_from", self.overflowed(instance))
 
-    def _pump(self, instance: Instance, tap: HoldTap, held: str, dropped: int) -> Pumped:
+    def _pump(self, instance: Instance, tap: HoldTap, held: str, dropped: int, most_s: float = PUMP_MOST_S) -> Pumped:
         if not self._held(instance, held)():
             return Pumped(0, dropped)
-        done = tap.pump(self._held(instance, held), PUMP_S)
+        done = tap.pump(self._held(instance, held), PUMP_S, most_s)
         if done.left:
             instance.unpumped = True
             raise NotReady(
-                f"{done.left} frames of port {instance.ref.mac} wait in {tap.name}: none left it in {PUMP_S:g} s",
-                hint=f"they are kept, and go on by themselves when device {tap.name} takes frames: ip -s link show",
+                f"{done.left} frames of port {instance.ref.mac} wait in {tap.name}: they get no fewer",
+                hint="they are kept, and go on by themselves when fewer come, or when the device takes frames: "
+                f"ip -s link show {tap.name}",
             )
         return Pumped(done.passed, dropped)
 
     def pass_on_rest(self, instance: Instance, *, gate_open: bool, running: bool) -> None:
-        """What a pump has given up goes on, as far as it goes now. Waits for nothing; called now and then."""
+        """What a pump has given up goes on, as far as it goes now, also in a flood. Called now and then."""
         if not instance.unpumped:
             return
         to, from_ = self._held(instance, "held_to"), self._held(instance, "held_from")
         if gate_open and to():
-            instance.hold_to.pump(to, 0.0)
+            instance.hold_to.pump(to, 0.0, REST_S)
         if running and from_():
-            instance.hold_from.pump(from_, 0.0)
+            instance.hold_from.pump(from_, 0.0, REST_S)
         instance.unpumped = bool(to() or from_())
 
     def _held(self, instance: Instance, name: str) -> Callable[[], int]:

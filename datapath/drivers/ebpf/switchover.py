@@ -8,6 +8,8 @@ PROTOCOL.md says why in this order. A step that was interrupted by a crash of th
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -25,8 +27,13 @@ from datapath.drivers.ebpf.words import Words
 from datapath.errors import NotReady
 from datapath.provider import Pumped
 
+_log = logging.getLogger(__name__)
+
 CHANNEL_MAX = (1 << 24) - 1
 ASIDE_S = 1.0
+FLOOD_LOOK_S = 0.01
+FLOOD_FPS = 50_000
+"""What a hold gives back in a second, where other work is to be done, too."""
 SOURCE_FIRST_S = 1.5
 """Frames that come by themselves wait so long for what the source held when nobody lets them go (`source_done`). Longer
 than whoever calls waits: what passes by the lease overtakes what it finds waiting."""
@@ -107,7 +114,7 @@ class Switchover:
     def aside(self, instance: Instance, change: Callable[[], None]) -> None:
         """Make a change to an open port's device that would cost frames: they wait meanwhile, a few milliseconds."""
         slot = instance.slot
-        if self._words.gate(slot) != (C.GATE_LOCAL, False):
+        if self._words.gate(slot) != (C.GATE_LOCAL, False) or self._flooded(slot):
             return change()
         self._kernel.ports.store(slot, "lease", ktime_ns() + int(ASIDE_S * 1e9))  # if the agent dies here
         self._words.set_gate(slot, C.GATE_LOCAL, shut=True)
@@ -117,8 +124,25 @@ class Switchover:
         finally:
             self._words.set_gate(slot, C.GATE_LOCAL)
             self._kernel.ports.store(slot, "lease", 0)
-            self._holds.pump_to(instance)
+            self._give_back(instance)
         return None
+
+    def _give_back(self, instance: Instance) -> None:
+        try:
+            self._holds.pump_to(instance, ASIDE_S)
+        except NotReady as error:  # the change is made; what waits has the sweeper
+            _log.warning("port %s: %s", instance.ref.mac, error)
+
+    def _flooded(self, slot: int) -> bool:
+        """So much comes to the port that a hold would fill sooner than it is given back: the change costs less."""
+        before = self._came(slot)
+        time.sleep(FLOOD_LOOK_S)
+        return self._came(slot) - before > FLOOD_FPS * FLOOD_LOOK_S
+
+    def _came(self, slot: int) -> int:
+        """Frames that have come to the port, passed or not."""
+        counted = self._kernel.counters.get(slot)
+        return int(counted["packets"][:, 1].sum() + counted["drops"].sum()) if counted is not None else 0
 
     def quiesce(self, instance: Instance) -> None:
         slot = instance.slot
