@@ -274,6 +274,14 @@ class Looking:
 
     def __init__(self, tap: GuestTap) -> None:
         self.tap = tap
+        self.kinds = self
+
+    def idle(self, _: PortRef) -> bool:
+        """No kind of state has a queue of its own in front of the guest's."""
+        return True
+
+    def _parts(self) -> Looking:
+        return self
 
     def _find(self, ref: PortRef) -> PortRef:
         return ref
