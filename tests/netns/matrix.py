@@ -263,7 +263,7 @@ class Stage:
     # ---- moving ----
 
     def move_on(self) -> pb.Migration:
-        """A move of nothing but the usual to the other host; it may have to wait for the end of an earlier one."""
+        """A move of nothing but the usual to the other host; it may have to wait for an earlier one, or an agent."""
         self.vm.order("behave", memory_ms=50, swallow=False)
         to = self.other(self.vm.place())
         report = wait_until("the next migration may begin", lambda: self._moved(to), 30.0, 0.2)
@@ -275,6 +275,8 @@ class Stage:
             return self.cluster.migrate(self.vm, to)
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.UNAVAILABLE):
+                return None
+            if "is not connected" in (error.details() or ""):  # an agent whose connection was cut comes back
                 return None
             raise
 
