@@ -136,32 +136,28 @@ class KindTables:
             table.close()
 
     def plugged(self, instance: Instance) -> None:
-        for table, records in self._of(instance):
-            if records:
-                table.plugged(instance)
+        for table, _ in self._used(instance):
+            table.plugged(instance)
 
     def held(self, instance: Instance) -> None:
-        for table, records in self._of(instance):
-            if records:
-                table.held(instance)
+        for table, _ in self._used(instance):
+            table.held(instance)
 
     def idle(self, instance: Instance) -> bool:
-        return all(table.idle(instance) for table, records in self._of(instance) if records)
+        return all(table.idle(instance) for table, _ in self._used(instance))
 
     def applied(self, instance: Instance) -> None:
         """A port is made, or found again: what the ledger says of it comes into the kernel."""
-        for table, records in self._of(instance):
-            table.apply(instance, records, ())
+        for name, table in self._tables.items():
+            table.apply(instance, instance.entry.kinds.get(name, ()), ())
 
     def opened(self, instance: Instance) -> None:
-        for table, records in self._of(instance):
-            if records:
-                table.opened(instance)
+        for table, _ in self._used(instance):
+            table.opened(instance)
 
     def quiesced(self, instance: Instance) -> None:
-        for table, records in self._of(instance):
-            if records:
-                table.quiesced(instance)
+        for table, _ in self._used(instance):
+            table.quiesced(instance)
 
     def changed(self) -> None:
         for table in self._tables.values():
@@ -176,9 +172,8 @@ class KindTables:
             table.unplaced(network, mac)
 
     def ended(self, instance: Instance) -> None:
-        for table, records in self._of(instance):
-            if records:
-                table.ended(instance)
+        for table, _ in self._used(instance):
+            table.ended(instance)
 
     def part(self, name: str) -> KindTable:
         """The table of a kind."""
@@ -188,9 +183,9 @@ class KindTables:
         for table in self._tables.values():
             table.clear(slot)
 
-    def _of(self, instance: Instance) -> Iterator[tuple[KindTable, Sequence[Record]]]:
-        for name, table in self._tables.items():
-            yield table, instance.entry.kinds.get(name, ())
+    def _used(self, instance: Instance) -> list[tuple[KindTable, Sequence[Record]]]:
+        """Those that the port has records of."""
+        return [(self._tables[name], records) for name, records in self.used(instance.entry).items()]
 
     # ---- state ----
 
@@ -213,8 +208,8 @@ class KindTables:
         return [found for name in live if len(found := self.dump(instance, name))]
 
     def settle(self, instance: Instance) -> Iterator[Table]:
-        for table, records in self._of(instance):
-            counted = table.counted(instance, records) if records else []
+        for table, records in self._used(instance):
+            counted = table.counted(instance, records)
             if counted:
                 yield Table(table.kind.name, Op.ACCOUNT, records=counted)
 
