@@ -11,7 +11,6 @@ LOCK_SOURCES := $(wildcard hooks/lock/*.[ch])
 TEST_SOURCES := $(wildcard tests/libvirt/guest/*.[ch] tests/fuzz/*.c)
 TESTS := tests/unit tests/model tests/fuzz tests/contract tests/bpf
 LONG_TESTS := tests/soak
-TIMED_TESTS := tests/netns tests/libvirt
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
 .PHONY: help setup packages test model matrix soak fuzz lint demo bench build generate bpf lock-driver clean lock format audit test-% test-oldest-kernel bpf-coverage
@@ -51,7 +50,7 @@ bpf: $(BPF)  ## BPF programs
 lock-driver: $(LOCK)  ## libvirt's lock driver of strict mode
 
 test: setup  ## all tests (root)
-	@$(BIN)/python tools/run_tests.py $(TESTS) --meanwhile $(LONG_TESTS) --after $(TIMED_TESTS) $(if $(WORKERS),--workers $(WORKERS)) -- $(ARGS)
+	@$(BIN)/python tools/run_tests.py $(TESTS) --meanwhile $(LONG_TESTS) --after tests/libvirt --after tests/netns $(if $(WORKERS),--workers $(WORKERS)) -- $(ARGS)
 
 test-%: setup  ## the tests of one folder: make test-unit, test-bpf, test-netns, test-libvirt
 	@$(BIN)/python tools/run_tests.py tests/$* $(if $(filter libvirt,$*),--workers 1) -- $(ARGS)
