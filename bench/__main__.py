@@ -1,4 +1,8 @@
-"""`make bench`: run all benchmarks, or the named ones; print medians and spreads, write bench/results/NAME.json."""
+"""`make bench`: run all benchmarks, or the named ones; print medians and spreads, write bench/results/.
+
+NAME.json has the figures with the machine's description, NAME-*.svg the charts that the documents show. With --quick
+both go to .cache/bench: a smaller workload is not to be taken for a result.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +10,59 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from bench.figures import Figures
+from bench import machine
+from bench.figures import Figures, Unverified
 
 NAMES = ("tables", "programs", "cluster", "watch")
 RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    return {"kernel": platform.release(), "cpus": os.cpu_count(), "python": platform.python_version()}
+QUICK = Path(__file__).parent.parent / ".cache" / "bench"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("name", nargs="*", help="all when none is named")
+    parser.add_argument("name", nargs="*", choices=[[], *NAMES], metavar="name", help=f"of {', '.join(NAMES)}; or all")
     parser.add_argument("--quick", action="store_true", help="smaller workloads, fewer repetitions")
     arguments = parser.parse_args()
     if os.geteuid():
         parser.error("needs root: the benchmarks load BPF programs into namespaces of their own")
-    RESULTS.mkdir(exist_ok=True)
+    console = Console(width=140)
+    failed = 0
     for name in arguments.name or NAMES:
-        began = time.monotonic()
-        figures: Figures = importlib.import_module(f"bench.{name}").measure(quick=arguments.quick)
-        Console(width=132).print(figures.table(f"{name}, {time.monotonic() - began:.0f} s"))
-        result = {"benchmark": name, "machine": machine(), "figures": figures.as_data()}
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+        try:
+            run(name, arguments.quick, console)
+        except Unverified as error:
+            failed = 1
+            console.print(f"{name}: no figures, its workload was not what it should be: {error}", style="red")
+    return failed
+
+
+def run(name: str, quick: bool, console: Console) -> None:
+    """Measure, print and write one benchmark. Raises Unverified."""
+    load, began = machine.load(), time.monotonic()
+    figures: Figures = importlib.import_module(f"bench.{name}").measure(quick=quick)
+    lasted = time.monotonic() - began
+    console.print(figures.table(f"{name}, {lasted:.0f} s"))
+    for note in figures.notes:
+        console.print(f"  {note}")
+    result = {
+        "benchmark": name,
+        "quick": quick,
+        "lasted_s": round(lasted),
+        "load_before": load,
+        "machine": machine.describe(),
+        **figures.as_data(),
+    }
+    folder = QUICK if quick else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for chart, drawn in figures.charts.items():
+        (folder / f"{name}-{chart}.svg").write_text(drawn.svg())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""What figures were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def describe() -> dict[str, object]:
+    """Of the machine and of what is measured. Figures of two runs are comparable when these are the same."""
+    return {
+        "cpu": _line("/proc/cpuinfo", "model name"),
+        "cpus": os.cpu_count(),
+        "memory_mib": int(_line("/proc/meminfo", "MemTotal").split()[0]) >> 10,
+        "kernel": platform.release(),
+        "virtual": "hypervisor" in _line("/proc/cpuinfo", "flags").split(),
+        "python": platform.python_version(),
+        "revision": _revision(),
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+    }
+
+
+def load() -> float:
+    """Processes that ran or waited for a CPU, over the last minute: more than a few and the machine was not quiet."""
+    return round(os.getloadavg()[0], 2)
+
+
+def _line(file: str, name: str) -> str:
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(name):
+            return line.partition(":")[2].strip()
+    return "0"
+
+
+def _revision() -> str:
+    command = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
