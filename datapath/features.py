@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pyroute2 import IPRoute
 
-from datapath.drivers.ebpf import attach, bpffs, btf, devices, libbpf, syscall, tun
+from datapath.drivers.ebpf import attach, bpffs, btf, devices, htb, libbpf, syscall, tun
 from datapath.drivers.ebpf.maps import Table
 from datapath.drivers.ebpf.uapi import PROG_TYPE_SCHED_CLS, MapType
 from datapath.errors import DatapathError, FeatureMissing
@@ -169,6 +170,15 @@ def _tap(_: Mapping[str, Any]) -> None:
     os.close(tun.open_tap("probe0"))
 
 
+def _shaping(_: Mapping[str, Any]) -> None:
+    with IPRoute() as route, devices.kernel_errors("make a veth pair"):
+        route.link("add", ifname="probe0", kind="veth", peer={"ifname": "probe1"})
+    link = devices.link("probe0")
+    if link is not None:
+        htb.set_root(link.ifindex)
+        htb.set_class(link.ifindex, 1, 1_000_000, 100_000)
+
+
 def _libbpf(_: Mapping[str, Any]) -> str:
     libbpf.library()
     return libbpf.SONAME
@@ -202,6 +212,13 @@ PROBES = (
     ),
     Probe("vxlan, external with GBP", _vxlan, f"modprobe vxlan (CONFIG_VXLAN; {_MODULES})", devices=True),
     Probe("tap with vnet header", _tap, f"modprobe tun (CONFIG_TUN; {_MODULES})", devices=True),
+    Probe(
+        "HTB on veth (qos: shape)",
+        _shaping,
+        f"modprobe -a sch_htb veth (CONFIG_NET_SCH_HTB, CONFIG_VETH; {_MODULES}), or police instead of shape",
+        needed=False,
+        devices=True,
+    ),
     Probe("libbpf 1.0", _libbpf, "install libbpf 1.0 or newer (Debian and Ubuntu: apt-get install libbpf1)"),
     Probe("BPF programs", _object, "install the wheel; in a checkout: make bpf (it installs clang-19 and libbpf-dev)"),
 )

@@ -7,11 +7,13 @@ import ctypes
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pyroute2 import IPRoute
 
 from datapath import features
-from datapath.drivers.ebpf import devices, uapi
+from datapath.drivers.ebpf import devices, htb, uapi
 from datapath.drivers.ebpf.driver import EbpfDriver
 from datapath.drivers.ebpf.uapi import QueryAttr
 
@@ -44,7 +46,36 @@ def test_this_machine_has_what_the_switch_needs() -> None:
     assert len(names) == len(set(names)) == len(features.PROBES)
     assert [feature for feature in features.missing(found) if feature.name != "BPF programs"] == []
     assert next(one.detail for one in found if one.name == "bpffs") == "will be mounted at /nowhere/bpf"
+    assert all(one.there for one in found if one.name.startswith("HTB"))
     assert traces() == before
+
+
+class WithoutHtb:
+    """A connection to the kernel that asks for a qdisc which no kernel has."""
+
+    def __init__(self) -> None:
+        self._route = IPRoute()
+
+    def __enter__(self) -> WithoutHtb:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._route.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._route, name)
+
+    def tc(self, command: str, kind: str, *rest: Any, **named: Any) -> Any:
+        return self._route.tc(command, kind.replace("htb", "htb9"), *rest, **named)
+
+
+def test_without_htb_the_host_says_that_it_cannot_shape(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kernel without the module knows no such kind of qdisc."""
+    monkeypatch.setattr(htb, "IPRoute", WithoutHtb)
+    assert all(there for _, there, _ in EbpfDriver.check({})), "the switch runs"
+    assert "HTB on veth (qos: shape) is not there" in caplog.text and "modprobe -a sch_htb veth" in caplog.text
 
 
 def test_a_process_without_rights_is_told_each() -> None:
@@ -54,6 +85,7 @@ def test_a_process_without_rights_is_told_each() -> None:
         assert not there[name]
     assert not there["tap with vnet header"]
     assert not there["bpffs"]
+    assert not there["HTB on veth (qos: shape)"]
     assert there["libbpf 1.0"]
     assert all(line.split("|")[2] for line in run.stdout.splitlines()), "each says how to get it"
 

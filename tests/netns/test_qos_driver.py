@@ -54,6 +54,10 @@ def shaper(host: Host) -> str:
     return f"mh{host.options['instance']}-q0"
 
 
+def ip(host: Host, *arguments: str) -> None:
+    host.run(lambda: subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=10))
+
+
 def devices(host: Host) -> str:
     return host.run(lambda: subprocess.run(["ip", "link"], check=True, capture_output=True, text=True).stdout)
 
@@ -66,6 +70,36 @@ def test_a_qdisc_of_somebody_else_is_refused_by_name(host: Host) -> None:
     assert shown(host, guest) == {}
     assert shaper(host) not in devices(host)
     limit(host, guest, to={"mode": "police", "rate": "4mbit"})
+
+
+@pytest.mark.parametrize("before", [{}, {"to": {"rate": "2mbit"}}, BOTH], ids=["nothing", "to", "both"])
+def test_what_cannot_be_applied_whole_is_not_applied_at_all(host: Host, before: dict[str, Any]) -> None:
+    """The device gets its class first, then the shaper of the other direction fails: its name is another's, or it is
+    gone."""
+    guest = host.guest("10.0.0.1")
+    if before:
+        limit(host, guest, **before)
+    if "from" in before:
+        ip(host, "link", "del", shaper(host))
+    else:
+        ip(host, "link", "add", shaper(host), "type", "bridge")
+    seen = in_force(host, guest)
+    with pytest.raises(LoadRejected, match=f"port {guest.ref.mac} cannot be shaped"):
+        limit(host, guest, **{"from": {"rate": "8mbit"}, "to": {"rate": "8mbit", "dscp": "ef"}})
+    assert in_force(host, guest) == seen
+    if "from" not in before:
+        ip(host, "link", "del", shaper(host))
+        limit(host, guest, to={"rate": "8mbit"})
+        assert "rate 8Mbit" in tc(host, "class", "show", "dev", guest.device)
+
+
+def in_force(host: Host, guest: Guest) -> list[Any]:
+    """What the device, the records and the programs have."""
+    slot = host.run(lambda: host.driver._parts().instances.find(guest.ref)).slot
+    kernel = host.run(lambda: host.driver._parts().kernel)
+    elements = [one.tobytes() for one in kernel.qos.view[slot * 2 : slot * 2 + 2]]
+    queues = [tc(host, *what, guest.device) for what in (("qdisc", "show", "dev"), ("class", "show", "dev"))]
+    return [*queues, shown(host, guest), elements, int(kernel.ports.view["features"][slot])]
 
 
 def test_classes_are_there_while_a_port_shapes(host: Host) -> None:

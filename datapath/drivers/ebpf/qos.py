@@ -7,6 +7,7 @@ been charged for it and keeps the rate.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -21,7 +22,7 @@ from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.kindtable import KindTable
 from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.shaper import Shaper
-from datapath.errors import Error, LoadRejected
+from datapath.errors import Error, FeatureMissing, KernelError, LoadRejected
 from datapath.state.kind import Record
 from datapath.state.qos import KEEP, QOS, fault
 
@@ -53,46 +54,71 @@ class Qos(KindTable):
     # ---- configuration ----
 
     def apply(self, instance: Instance, records: Sequence[Record], before: Sequence[Record]) -> None:  # noqa: ARG002
-        ways = {record["direction"]: record for record in records}
         for record in records:
             if wrong := fault(record):
                 raise LoadRejected(f"qos {record['direction']} port {instance.ref.mac}: {wrong}")
-        slot, shapes = instance.slot, _shapes(ways.get("from"))
-        ifindex = int(self._parts.kernel.ports.view["ifindex"][slot])
-        if ifindex and _shapes(ways.get("to")):
-            self._shape_device(instance, ifindex, ways["to"])
-        shaper = self._shaper.use(slot) if shapes else 0
-        if shapes:
-            self._set_class(shaper, slot, ways["from"])
-        for name, direction in _DIRECTIONS.items():
-            self._set_way(slot * 2 + direction, ways.get(name), shaper if name == "from" else 0)
-        self._set_features(slot, ways, shapes)
-        self._end_queues(instance, ways)
+        slot, ways = instance.slot, _by_direction(records)
         with self._lock:
             self._open.discard(slot)
+        try:
+            with contextlib.ExitStack() as undo:
+                self._begin_queues(instance, ways, undo)
+                undo.pop_all()
+        except (FeatureMissing, KernelError) as error:
+            raise LoadRejected(f"port {instance.ref.mac} cannot be shaped: {error.message}", hint=error.hint) from error
+        shapes = _shapes(ways.get("from"))
+        for name, direction in _DIRECTIONS.items():
+            shaper = self._shaper.ifindex if name == "from" and shapes else 0
+            self._set_way(slot * 2 + direction, ways.get(name), shaper)
+        self._set_features(slot, ways, shapes)
+        self._end_queues(instance, ways)
+
+    def _begin_queues(self, instance: Instance, ways: Mapping[str, Record], undo: contextlib.ExitStack) -> None:
+        """All that can fail. `undo` gets what brings back the queues that were there."""
+        ifindex = int(self._parts.kernel.ports.view["ifindex"][instance.slot])
+        if ifindex and _shapes(ways.get("to")):
+            self._shape_device(instance, ifindex, ways["to"], undo)
+        if _shapes(ways.get("from")):
+            self._shape_host(instance.slot, ways["from"], _by_direction(_records(instance)).get("from"), undo)
 
     def _end_queues(self, instance: Instance, ways: Mapping[str, Record]) -> None:
-        """Of directions that shape no more: what waits leaves first."""
+        """Of directions that shape no more: what waits leaves first. The port is as configured whatever comes of it."""
         ended = [one for one in self._classes(instance) if not _shapes(ways.get(one[2]["direction"]))]
-        self._open_classes(ended)
-        self._wait_empty(instance, ended)
-        if not _shapes(ways.get("to")):
-            self._leave_device(instance.slot)
-        if not _shapes(ways.get("from")):
-            self._shaper.leave(instance.slot)
+        try:
+            self._open_classes(ended)
+            self._wait_empty(instance, ended)
+            if not _shapes(ways.get("to")):
+                self._leave_device(instance.slot)
+            if not _shapes(ways.get("from")):
+                self._shaper.leave(instance.slot)
+        except KernelError as error:
+            _log.warning("port %s: a queue that it needs no more is left: %s", instance.ref.mac, error)
 
-    def _shape_device(self, instance: Instance, ifindex: int, way: Record) -> None:
+    def _shape_host(self, slot: int, way: Record, known: Record | None, undo: contextlib.ExitStack) -> None:
+        shaper = self._shaper.use(slot)
+        if known is not None and _shapes(known):
+            undo.callback(_change_class, shaper, slot, known)
+        else:
+            undo.callback(self._shaper.leave, slot)
+        self._set_class(shaper, slot, way)
+
+    def _shape_device(self, instance: Instance, ifindex: int, way: Record, undo: contextlib.ExitStack) -> None:
         kind = htb.foreign(ifindex)
         if kind:
             raise LoadRejected(
                 f"device {instance.entry.device} of port {instance.ref.mac} has another's qdisc {kind}",
                 hint="take it off (libvirt's <bandwidth>, or tc qdisc), or police instead of shape",
             )
-        htb.set_root(ifindex)
-        self._set_class(ifindex, _CLASS, way)
+        known = _by_direction(_records(instance)).get("to")
+        if known is not None and _shapes(known):
+            undo.callback(_change_class, ifindex, _CLASS, known)
+        else:
+            undo.callback(self._leave_device, instance.slot)
         with self._lock:
             self._devices = {slot: one for slot, one in self._devices.items() if one != ifindex}
             self._devices[instance.slot] = ifindex
+        htb.set_root(ifindex)
+        self._set_class(ifindex, _CLASS, way)
 
     def _leave_device(self, slot: int) -> None:
         with self._lock:
@@ -138,7 +164,9 @@ class Qos(KindTable):
         ifindex = int(self._parts.kernel.ports.view["ifindex"][instance.slot])
         for way in _records(instance):
             if way["direction"] == "to" and _shapes(way) and ifindex:
-                self._shape_device(instance, ifindex, way)
+                with contextlib.ExitStack() as undo:
+                    self._shape_device(instance, ifindex, way, undo)
+                    undo.pop_all()
 
     def obstacles(self, records: Sequence[Record]) -> list[str]:
         found = [f"Port's qos: {wrong}." for record in records if (wrong := fault(record))]
@@ -218,7 +246,7 @@ class Qos(KindTable):
             self._open.discard(instance.slot)
         if was_open:
             for ifindex, number, way in self._classes(instance):
-                htb.change_class(ifindex, number, way["rate_bps"] // 8, way["burst_bytes"] // 2, way["priority"])
+                _change_class(ifindex, number, way)
 
     def _classes(self, instance: Instance) -> list[_Class]:
         """Of each direction that shapes here now."""
@@ -236,6 +264,14 @@ class Qos(KindTable):
 def _waiting(classes: Sequence[_Class]) -> int:
     """Frames."""
     return sum(htb.waiting(ifindex, number) for ifindex, number, _ in classes)
+
+
+def _change_class(ifindex: int, number: int, way: Record) -> None:
+    htb.change_class(ifindex, number, way["rate_bps"] // 8, way["burst_bytes"] // 2, way["priority"])
+
+
+def _by_direction(records: Sequence[Record]) -> dict[str, Record]:
+    return {record["direction"]: record for record in records}
 
 
 def _records(instance: Instance) -> Sequence[Record]:

@@ -64,8 +64,15 @@ class Shaper:
     def _make(self) -> None:
         if self.ifindex:
             return
-        if devices.link(self._near) is None:
-            self._add()
+        with contextlib.ExitStack() as undo:
+            if devices.link(self._near) is None:
+                undo.callback(self._tidy)
+                self._add()
+            self._take()
+            undo.pop_all()
+
+    def _take(self) -> None:
+        """The pair is there, whoever made it."""
         near, far = devices.link(self._near), devices.link(self._far)
         if near is None or far is None:
             raise KernelError(f"shaper {self._near}", errno.ENODEV, hint="delete what is left of the pair")
