@@ -14,6 +14,7 @@ from migrator import config, protocol
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.change import Planned, plan_apply, plan_removal
 from migrator.coordinator.declare import Declarations, refuse_foreign, refuse_foreign_removal
+from migrator.coordinator.fanout import Fanout
 from migrator.coordinator.journal import Batch, Entry, Journal, Write
 from migrator.coordinator.migrations import Migrations
 from migrator.coordinator.places import Acknowledgements
@@ -42,10 +43,11 @@ class Cluster:
         REVISION.set_function(lambda: self.store.revision)
         self.roster = Roster()
         self._places = Acknowledgements()
-        self.migrations = Migrations(self.store, self.roster, self._places, self._deadlines)
+        self._fanout = Fanout(self.store, self.roster)
+        self.migrations = Migrations(self.store, self.roster, self._fanout, self._places, self._deadlines)
         self._removals = Removals(self.store, self.roster)
         self.declarations = Declarations(
-            self.store, self.roster, self.migrations, self._removals, self._running_instances, self._push
+            self.store, self.roster, self._fanout, self.migrations, self._removals, self._running_instances, self._push
         )
         self._later: asyncio.TimerHandle | None = None
         self._stopped = False
@@ -68,6 +70,7 @@ class Cluster:
             if timer is not None:
                 timer.cancel()
         self.migrations.stop()
+        self._fanout.stop()
         self._removals.stop()
         self.store.close()
         for session in self.roster:
@@ -108,6 +111,7 @@ class Cluster:
             return
         ATTACHED.set(len(self.roster))
         self._places.left(session.host)
+        self._fanout.left(session.host)
         log.info("agent left", host=session.host)
         if session.host in self.store.catalog.hosts:
             self.store.commit(Batch([self._host_write(session.host, connected=False)]), durable=False)
@@ -136,6 +140,7 @@ class Cluster:
         if unset:
             log.warning("agent could not set all places", host=session.host, places=unset[:5], count=len(unset))
         self._places.acknowledge(session.host, known.revision, unset)
+        self._fanout.acknowledged(session.host, known.revision)
 
     def _host_write(self, name: str, *, hello: pb.Hello | None = None, connected: bool = True) -> Write:
         host = pb.Host()
@@ -162,12 +167,9 @@ class Cluster:
         )
 
     def _start_sync(self, session: Session, common: pb.Sync) -> None:
-        sync = pb.Sync()
-        sync.CopyFrom(common)
         ports = (port for port in self.store.catalog.ports.values() if port.host == session.host)
-        sync.ports.extend(self.store.catalog.order(port) for port in ports)
-        answer = session.ask(sync=sync)
-        answer.add_done_callback(lambda reply: self._synced(session, sync.revision, reply))
+        answer = session.ask_sync(common, (self.store.catalog.order(port) for port in ports))
+        answer.add_done_callback(lambda reply: self._synced(session, common.revision, reply))
 
     def _synced(self, session: Session, revision: int, reply: asyncio.Future[pb.Reply]) -> None:
         if reply.cancelled() or reply.exception() is not None:
@@ -225,8 +227,7 @@ class Cluster:
         self._carry_out(planned)
         for host, removal in removals:
             self._removals.order(host, removal)
-        if gone:
-            self.roster.broadcast(places=pb.PlaceUpdate(removed=gone, revision=self.store.revision))
+        self._fanout.tell(gone)
         return self._reply(planned)
 
     def _port_removal(self, name: str) -> tuple[str, pb.PortRemoval]:
@@ -245,9 +246,8 @@ class Cluster:
     def _push(self, entries: Sequence[Entry]) -> None:
         """Tell the agents: places to all, ports to where they are and to where they are staged."""
         catalog = self.store.catalog
-        places = [catalog.places[entry.name] for entry in entries if entry.sort == "place" and entry.body is not None]
-        if places:
-            self.roster.broadcast(places=pb.PlaceUpdate(places=places, revision=self.store.revision))
+        places = (entry.name for entry in entries if entry.sort == "place" and entry.body is not None)
+        self._fanout.tell(catalog.places[name] for name in places)
         for port in catalog.ports_touched(entries):
             self.roster.send(port.host, port=catalog.order(port))
             for host, epoch in self.migrations.instances_of(port.vm):

@@ -15,6 +15,7 @@ from migrator import config
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.catalog import Catalog, device_at, moved_writes, place_names
 from migrator.coordinator.change import Planned, Running, epoch_counter, outcome, plan_apply
+from migrator.coordinator.fanout import Fanout
 from migrator.coordinator.journal import Batch, Entry, Journal, Write
 from migrator.coordinator.migrations import Migrations
 from migrator.coordinator.removals import Removals
@@ -145,12 +146,13 @@ class Declarations:
         self,
         store: Store,
         roster: Roster,
+        fanout: Fanout,
         migrations: Migrations,
         removals: Removals,
         running: Callable[[], Mapping[tuple[str, str, str], int]],
         push: Callable[[Sequence[Entry]], None],
     ) -> None:
-        self._store, self._roster, self._migrations = store, roster, migrations
+        self._store, self._roster, self._fanout, self._migrations = store, roster, fanout, migrations
         self._removals, self._running, self._push = removals, running, push
 
     async def declare(self, request: pb.DeclareRequest) -> pb.ApplyReply:
@@ -202,8 +204,7 @@ class Declarations:
             self._removals.order(host, removal)
         changed = (entry.name for entry in entries if entry.sort == "place")
         gone = [before[name] for name in changed if name in before and name not in catalog.places]
-        if gone:
-            self._roster.broadcast(places=pb.PlaceUpdate(removed=gone, revision=self._store.revision))
+        self._fanout.tell(gone)
         if entries:
             self._push(entries)
             log.info("ports declared", host=request.host, vm=request.vm, changed=planned.changed)

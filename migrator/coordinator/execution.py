@@ -18,6 +18,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator import orders
 from migrator.coordinator.catalog import moved_writes
 from migrator.coordinator.change import epoch_counter
+from migrator.coordinator.fanout import Fanout
 from migrator.coordinator.journal import Batch, MigrationRow, Write
 from migrator.coordinator.places import Acknowledgements
 from migrator.coordinator.roster import Roster
@@ -47,8 +48,11 @@ Phase = machine.Phase
 class Execution:
     """The migrations in hand, each with its machine, deadline and report."""
 
-    def __init__(self, store: Store, roster: Roster, places: Acknowledgements, deadlines: Deadlines) -> None:
+    def __init__(
+        self, store: Store, roster: Roster, fanout: Fanout, places: Acknowledgements, deadlines: Deadlines
+    ) -> None:
         self._store, self._roster, self._places, self.deadlines = store, roster, places, deadlines
+        self._fanout = fanout
         self.running: dict[str, Running] = {}
         self.stopped = False
         self.doubts = Doubts(roster, self.feed)
@@ -190,9 +194,8 @@ class Execution:
             case machine.Tell(role=role, verdict=verdict):
                 self._roster.send(run.agreed.host(role), verdict=orders.verdict(run, verdict))
             case machine.MovePlace():
-                places = self._store.catalog.places_of(run.agreed.vm)
-                update = pb.PlaceUpdate(places=places, revision=self._store.revision)
-                self._await_places(run, self._roster.broadcast(places=update))
+                self._fanout.tell_soon(self._store.catalog.places_of(run.agreed.vm))
+                self._await_places(run, [session.host for session in self._roster])
             case machine.Renew():
                 self._configure(run, run.agreed.source)
             case machine.Finish():

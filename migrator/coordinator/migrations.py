@@ -15,6 +15,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator import orders
 from migrator.coordinator.change import epoch_counter
 from migrator.coordinator.execution import Execution
+from migrator.coordinator.fanout import Fanout
 from migrator.coordinator.orders import preflight
 from migrator.coordinator.places import Acknowledgements
 from migrator.coordinator.roster import Roster
@@ -43,9 +44,11 @@ def free_channel(ports: int, live: Iterable[Running]) -> int:
 class Migrations:
     """All migrations of the cluster. One of a VM at a time; any number of different VMs."""
 
-    def __init__(self, store: Store, roster: Roster, places: Acknowledgements, deadlines: Deadlines) -> None:
+    def __init__(
+        self, store: Store, roster: Roster, fanout: Fanout, places: Acknowledgements, deadlines: Deadlines
+    ) -> None:
         self._store, self._roster, self._deadlines = store, roster, deadlines
-        self._execution = Execution(store, roster, places, deadlines)
+        self._execution = Execution(store, roster, fanout, places, deadlines)
 
     def restart(self) -> None:
         """Finish or undo what the journal has; called once, before agents attach."""

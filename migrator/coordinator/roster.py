@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import structlog
@@ -27,13 +28,16 @@ class Session:
         self.hello = hello
         self.since = time.monotonic()
         self.place_revision = 0
-        self._outgoing: asyncio.Queue[pb.ToAgent | None] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[pb.ToAgent | Callable[[], pb.ToAgent] | None] = asyncio.Queue()
         self._answers: dict[int, asyncio.Future[pb.Reply]] = {}
         self._numbers = itertools.count(1)
         self.open = True
 
-    def send(self, message: pb.ToAgent) -> None:
-        """Queue a message; `message` may be shared between sessions and must not change afterwards."""
+    def send(self, message: pb.ToAgent | Callable[[], pb.ToAgent]) -> None:
+        """Queue a message; `message` may be shared between sessions and must not change afterwards.
+
+        What makes one is called when it is sent: a large message, for each of a thousand agents, need not wait made.
+        """
         if not self.open:
             return
         if self._outgoing.qsize() >= OUTGOING_MAX:
@@ -44,12 +48,26 @@ class Session:
 
     def ask(self, **body: Any) -> asyncio.Future[pb.Reply]:
         """Queue a message that is answered. The future ends with the reply, or PeerLost when the agent goes."""
+        return self._ask(lambda number: pb.ToAgent(request=number, **body))
+
+    def ask_sync(self, common: pb.Sync, ports: Iterable[pb.PortOrder]) -> asyncio.Future[pb.Reply]:
+        """The same for a Sync of what all hosts are told and what this one is told besides, made when it is sent."""
+        own = pb.Sync(ports=ports)
+
+        def made(number: int) -> pb.ToAgent:
+            message = pb.ToAgent(request=number, sync=own)
+            message.sync.MergeFrom(common)
+            return message
+
+        return self._ask(lambda number: partial(made, number))
+
+    def _ask(self, body: Callable[[int], pb.ToAgent | Callable[[], pb.ToAgent]]) -> asyncio.Future[pb.Reply]:
         number = next(self._numbers)
         answer: asyncio.Future[pb.Reply] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(lambda _: self._answers.pop(number, None))
         if self.open:
             self._answers[number] = answer
-            self.send(pb.ToAgent(request=number, **body))
+            self.send(body(number))
         else:
             answer.set_exception(PeerLost(f"agent of {self.host} is not connected"))
         return answer
@@ -87,7 +105,7 @@ class Session:
         while (message := await self._outgoing.get()) is not None:
             if not self.open:
                 return
-            yield message
+            yield message() if callable(message) else message
 
 
 class Roster:
