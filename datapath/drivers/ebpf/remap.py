@@ -84,7 +84,7 @@ class RemapTable(KindTable):
 
     def __init__(self, parts: Running) -> None:
         super().__init__(parts)
-        self._map, self._ports = parts.kernel.remaps, parts.kernel.ports
+        self._map = parts.kernel.remaps
         self._lock = threading.Lock()  # of what follows
         self._sizes: dict[int, int] | None = None
 
@@ -129,8 +129,7 @@ class RemapTable(KindTable):
             raise LoadRejected(f"remap: {len(done.refused)} elements were refused by the kernel", hint="see its memory")
 
     def _enable(self, slot: int, on: bool) -> None:
-        features = self._ports.view["features"]
-        features[slot] = features[slot] | C.FEATURE_REMAP if on else features[slot] & ~np.uint32(C.FEATURE_REMAP)
+        self._parts.words.feature(slot, add=C.FEATURE_REMAP if on else 0, drop=C.FEATURE_REMAP)
 
     def clear(self, slot: int) -> None:
         self._enable(slot, on=False)
