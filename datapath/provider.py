@@ -275,6 +275,7 @@ class Driver(abc.ABC):
     def purge(self, ref: PortRef, *, keep_redirect: bool = False) -> None:
         """Delete all of this instance; with keep_redirect the gate stays (state stub) until purge without it.
 
+        What does not redirect (the host was rebooted since) goes whole.
         Never touches another epoch of the same VM and MAC. Purging what is not here is no error.
         """
 

@@ -6,6 +6,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -224,7 +225,7 @@ class Ends:
             **{**fields, "phase": leaving.Phase(fields["phase"]), "guest": Guest(fields["guest"])}
         )
         end = SourceEnd(self._around, pb.StartSource.FromString(bytes.fromhex(saved["order"])), state)
-        await end.call(end.ports.recall)
+        await end.call(partial(end.ports.recall, left=state.phase in leaving.LEFT))
         # A guest without a hypervisor runs here unless the destination may have been told to commit.
         unsaid = Guest.PAUSED if state.final else Guest.RUNNING
         guest = found(self._around.guests, end.vm, unsaid=unsaid)

@@ -80,8 +80,11 @@ class Ports:
         self._held: set[PortRef] = set()
         self._quiesced: set[PortRef] = set()
 
-    def recall(self) -> None:
-        """After a restart: how far an earlier run had got."""
+    def recall(self, *, left: bool) -> None:
+        """After a restart: how far an earlier run had got. `left`: the guest runs at the destination.
+
+        A switch writes down late that a port stands still: a host that crashes before has it active when it is back.
+        """
         taken, uncertain = self._kept.recall()
         for ref in self._refs:
             self._taken[ref] = taken.get(ref.mac, [])
@@ -94,6 +97,10 @@ class Ports:
                 status = self._driver.port(ref)
             except (PortNotFound, StaleEpoch):
                 continue  # purged, and the earlier run died before it could forget that
+            if left and status.state is PortState.ACTIVE:
+                self._driver.hold(ref)
+                self._driver.quiesce(ref)
+                status = self._driver.port(ref)
             if status.gate.endswith("shut"):
                 self._held.add(ref)
             if status.state is not PortState.ACTIVE:

@@ -189,6 +189,14 @@ def test_two_nics_of_one_vm_are_apart(host: Host) -> None:
     assert [status.ref for status in host.driver.ports()] == [two]
 
 
+@pytest.mark.parametrize("state", ["active", "quiesced"])
+def test_a_port_that_does_not_redirect_leaves_no_redirect_behind(host: Host, state: str) -> None:
+    """The host was rebooted meanwhile: what passed frames on is gone."""
+    made = host.in_state(state)
+    host.driver.purge(made, keep_redirect=True)
+    assert host.driver.ports() == []
+
+
 def test_purging_what_is_not_here_is_no_error(driver: Driver) -> None:
     driver.purge(ref())
     driver.purge(ref(), keep_redirect=True)

@@ -223,7 +223,7 @@ class EbpfDriver(Driver):
             instance.forget_guest()
             if parts.words.running(instance.slot):
                 parts.kinds.ended(instance)
-            if keep_redirect:
+            if keep_redirect and parts.words.gate(instance.slot)[0] == C.GATE_REDIRECT:
                 parts.staging.shrink(instance)
             else:
                 parts.staging.purge(instance)
