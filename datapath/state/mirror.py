@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from datapath.state.document import Document
+from datapath.state.document import TEXT_MAX, Document
 from datapath.state.kind import Kind, Nature, Record
 
 MIRRORS_MAX = 8
@@ -28,7 +28,7 @@ VNI_MAX = (1 << 24) - 1
 class Remote(BaseModel):
     """An address that takes VXLAN on the switch's tunnel port, and the VNI that copies get."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, str_max_length=TEXT_MAX)
 
     address: str
     vni: int = Field(ge=1, le=VNI_MAX)
@@ -42,7 +42,7 @@ class Remote(BaseModel):
 class Output(BaseModel):
     """Where copies go: exactly one of its fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, str_max_length=TEXT_MAX)
 
     device: str = Field(default="", max_length=64)
     port: str = Field(
@@ -84,7 +84,7 @@ Vlan = Annotated[int, Field(ge=0, le=4094)]
 class Session(BaseModel):
     """One mirror. `vlans`: only frames with these tags, 0 those without one; all when none is named."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, str_max_length=TEXT_MAX)
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")
     direction: Literal["from", "to", "both"] = "both"

@@ -41,7 +41,7 @@ def endpoint(text: str) -> tuple[str, int]:
         colon, port = rest[:1], rest[1:]
     elif text.count(":") == 1:
         host, colon, port = text.partition(":")
-    if colon and not (colon == ":" and port.isdecimal() and 0 < int(port[:6]) < 1 << 16):
+    if colon and not (colon == ":" and port.isdecimal() and len(port) < 6 and 0 < int(port) < 1 << 16):
         raise ValueError(f"expected a port in 1..65535 behind the address, not {text!r}")
     return _host(host), int(port) if colon else COLLECTOR_PORT
 

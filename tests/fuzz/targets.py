@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import snapshots, texts
+from . import snapshots, texts, watches
 from .target import by_name
 
-TARGETS = by_name((*snapshots.TARGETS, *texts.TARGETS))
+TARGETS = by_name((*snapshots.TARGETS, *texts.TARGETS, *watches.TARGETS))
