@@ -1,6 +1,6 @@
 """`python -m tests.model`: searches the budgets and prints what is in docs/reliability.md, a row as it is done.
 
-`--small`: only those of `make test`. `--mutations`: only the rules that are taken away.
+`--small`: only those of `make test`. `--mutations`: only the rules that are taken away. `--budget NAME`: only this one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.model", description=__doc__)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--mutations", action="store_true")
+    parser.add_argument("--budget", choices=[str(budget) for budget in (*SMALL, *FULL)], metavar="NAME")
     given = parser.parse_args()
+    if given.budget:
+        return 1 if _search(tuple(one for one in (*SMALL, *FULL) if str(one) == given.budget)) else 0
     wrong = 0 if given.mutations else _search((*SMALL, *(() if given.small else FULL)))
     return 1 if wrong + _mutate() else 0
 

@@ -25,7 +25,7 @@ from tests.model.model import Model, Violation
 from tests.model.network import Possible, ask, deliveries
 from tests.model.world import NOBODY, Move, Visited, World
 
-STATES_MAX = 3_000_000
+STATES_MAX = 50_000_000  # and about 200 bytes each
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _frames(w: World) -> Possible:
 def explore(m: Model, *, views: bool = False) -> Found:
     """Visit every state. Raises CounterExample."""
     visited, seen = Visited(), set()
-    edges, begins = array("l"), array("l")
+    edges, begins = array("i"), array("l")
     visited.add(first(m), -1, "")
     at = 0
     while at < len(visited):
@@ -151,7 +151,7 @@ def _reach_an_end(visited: Visited, edges: array[int], begins: array[int]) -> in
         counts[target + 1] += 1
     for k in range(states):
         counts[k + 1] += counts[k]
-    before, fill = array("l", bytes(8 * len(edges))), array("l", counts)
+    before, fill = array("i", bytes(4 * len(edges))), array("l", counts)
     for source in range(states):
         for k in range(begins[source], begins[source + 1]):
             before[fill[edges[k]]] = source
