@@ -75,6 +75,22 @@ def _admitted(values: frozenset[int]) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What only one port may have: the values of `fields` in a record, together. `what` names it for people.
+
+    In the whole cluster, or with `by_network` among the ports of each network.
+    """
+
+    fields: tuple[str, ...]
+    what: str
+    by_network: bool = False
+
+    def of(self, record: Record) -> tuple[Any, ...]:
+        """What a record claims."""
+        return tuple(record[name] for name in self.fields)
+
+
+@dataclass(frozen=True)
 class Kind:
     """One kind of state.
 
@@ -85,7 +101,7 @@ class Kind:
     is missing, it stays as it is. `choices` has what a field may hold, where that is a list. `document` is what an
     operator writes for the kind at a port; None: it is not declared so. `announced` is the field with an address that
     the network looks for at the port: where the VM opens it is announced as the port's own are. `part_of` names the
-    kind without which a port has nothing of this one.
+    kind without which a port has nothing of this one. `claim` has what no two ports may declare.
     """
 
     name: str
@@ -102,6 +118,7 @@ class Kind:
     document: type[Document] | None = None
     announced: str = ""
     part_of: str = ""
+    claim: Claim | None = None
 
     def bare(self, record: Record) -> Record:
         """The record as it is configured: without what is counted and what the switch changes."""

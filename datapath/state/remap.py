@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from datapath.state.document import Document
-from datapath.state.kind import Kind, Nature, Record
+from datapath.state.kind import Claim, Kind, Nature, Record
 
 PROTOCOLS = {"": 0, "tcp": 6, "udp": 17}
 SIDES = ("outside", "inside")
@@ -81,6 +81,7 @@ REMAP = Kind(
     choices={"protocol": frozenset(PROTOCOLS)},
     document=RemapDocument,
     announced="outside",
+    claim=Claim(("outside",), "outside address", by_network=True),
 )
 
 

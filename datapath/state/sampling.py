@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from datapath.state.document import Document
-from datapath.state.kind import Kind, Nature, Record
+from datapath.state.kind import Claim, Kind, Nature, Record
 from datapath.state.quantity import Size
 
 COLLECTOR_PORT = 6343  # IANA: sflow
@@ -110,6 +110,7 @@ SAMPLING = Kind(
     defaults={"network_interface": 0, "header_bytes": HEADER_MAX, "polling_s": 20},
     live=(*_LIVE_NUMBERS, "counters"),
     document=SamplingDocument,
+    claim=Claim(("sub_agent", "agent"), "sub-agent"),
 )
 
 

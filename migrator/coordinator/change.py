@@ -14,6 +14,7 @@ from typing import Any
 from migrator import config
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.catalog import Catalog, device_at, networks_of, place_names, place_writes, sets_of
+from migrator.coordinator.claims import check_claims
 from migrator.coordinator.journal import Entry, Journal, Write
 from migrator.errors import AlreadyMigrating, ConfigInvalid, ObjectNotFound
 
@@ -260,6 +261,8 @@ def _check(after: Catalog, planned: Planned) -> None:
             if other != key:
                 planned.warnings.append(f"port {key}: address {address} is also port {other}'s")
     _check_vms(after, planned)
+    changed = frozenset(write.name for write in planned.writes if write.sort == "port")
+    planned.warnings += check_claims(after.ports.values(), changed)
 
 
 def _check_networks(after: Catalog) -> None:

@@ -161,8 +161,11 @@ def test_a_document_from_a_file_and_wrong_ones(play, tmp_path: Path) -> None:  #
     async def scenario(w: World, shell: Shell) -> None:
         file = tmp_path / "floating.yaml"
         file.write_text("rules:\n  - {outside: 203.0.113.7, inside: 192.0.2.9}\n")
-        await shell("port", "set", VM, KIND, "-f", str(file))
-        assert [json.loads(p.kinds[KIND]) for p in w.cluster.store.catalog.ports.values()] == [FLOATING, FLOATING]
+        await shell("port", "set", f"{VM}/{MACS[1]}", KIND, "-f", str(file))
+        known = {p.mac: dict(p.kinds) for p in w.cluster.store.catalog.ports.values()}
+        assert (known[MACS[0]], json.loads(known[MACS[1]][KIND])) == ({}, FLOATING)
+        said = await shell("port", "set", VM, KIND, "-f", str(file), code=3)
+        assert f"{VM}/{MACS[0]}: {KIND}: outside address 203.0.113.7 of network blue is port {VM}/{MACS[1]}'s" in said
         for arguments, words in (
             ((KIND,), "expected a document"),
             (("fdb", "{}"), "no kind 'fdb'"),
