@@ -25,7 +25,7 @@ from tests.model.model import Model, Violation
 from tests.model.network import Possible, ask, deliveries
 from tests.model.world import NOBODY, Move, Visited, World
 
-STATES_MAX = 50_000_000  # and about 200 bytes each
+STATES_MAX = 50_000_000  # and about 400 bytes each
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ BITS = 24
 class Visited:
     """States by number, in the order in which they were reached. A state is kept as three small numbers in one.
 
-    Its parts repeat: of a million states the migrations' and the hosts' parts are some ten thousand. About 200 bytes
-    of memory a state, and 8 a transition.
+    Its parts repeat: of a million states the migrations' and the hosts' parts are some ten thousand. About 400 bytes
+    of memory a state.
     """
 
     def __init__(self) -> None:

@@ -260,6 +260,8 @@ class Checks:
             wrong.append(f"{late} overtaken")
         if allowed == "always" and may.missing is not None and came["count"] > may.missing:
             wrong.append(f"{came['count']} missing of {sent}, {may.missing} may be: {came['missing']}")
+        if allowed == "always" and may.at_once and not _in_a_row(came["missing"]):
+            wrong.append(f"missing here and there of {sent}: {came['missing']}")
         if allowed == "never" and came["count"] != sent:
             wrong.append(f"{sent - came['count']} arrived although the policy forbids them")
         if wrong:
@@ -321,6 +323,10 @@ class Checks:
             for (mac, _), record in self.lab.rules(vm, self.model.places[vm]).items()
             if "priority" in record
         }
+
+
+def _in_a_row(numbers: list[int]) -> bool:
+    return not numbers or numbers[-1] - numbers[0] == len(numbers) - 1
 
 
 def _passed(moment: float) -> bool:

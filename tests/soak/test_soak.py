@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.soak import reference
-from tests.soak.plan import KINDS, Rule, Try, steps
-from tests.soak.reference import OWN, WHOLE, Config, Model
+from tests.soak.plan import KINDS, Act, Rule, Step, Try, steps
+from tests.soak.reference import OWN, UNATTENDED, WHOLE, Config, Model
 from tests.soak.run import chosen, run, say
 from tests.soak.scene import FLOWS
 
@@ -56,6 +56,17 @@ def test_what_two_hosts_let_through_while_they_hear_of_a_change(first: str, seco
     after = replace(before, rules={**before.rules, first: shut, second: whole})
     model.config, model.versions = after, [before, after]
     assert model.allowed(flow) == word
+
+
+def test_what_a_guest_that_stops_by_itself_may_lose() -> None:
+    """The first that it sends where nobody looks after its device yet, and what its report names."""
+    flow = next(flow for flow in FLOWS if (flow.sender, flow.receiver) == ("v1", "v2"))
+    model = Model()
+    for guest, missing in (("v1", UNATTENDED), ("v2", 2), ("v3", 0)):
+        model.begin(Step(1, "alone", (Act("move", guest, hops=(1,), hypervisor=(("self_stop_ms", 30.0),)),)))
+        model.moved(guest, model.places[guest], "h3", "complete", 2)
+        assert model.frames(flow).missing == missing
+        assert model.frames(flow).at_once == (guest == "v1")
 
 
 @pytest.mark.parametrize(
