@@ -30,6 +30,7 @@ KINDS = {
 LETTERS = {"complete": "c", "degraded": "d", "aborted": "a", "refused": "r"}
 NONE = "·"
 FILLED = 0.25  # of the cells, at least, for a row a point
+LISTED = 100  # cases, at most, for a row a case
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def table(results: dict[tuple[str, str], dict[str, object]]) -> str:
-    """The summary, then a row a point; a row a case where most cells would be empty."""
+    """The summary, then a row a point; where most cells would be empty a row a case, or of many cases a row a fault."""
     outcomes = Counter(str(result["outcome"]) for result in results.values())
     points = list(dict.fromkeys(point for point, _ in results))
     faults = {fault for _, fault in results}
@@ -55,7 +56,24 @@ def table(results: dict[tuple[str, str], dict[str, object]]) -> str:
     head = f"{len(results):,} cases at {len(points)} points with {len(faults)} faults: {said}.\n"
     points = sorted(points, key=_order(points))
     sparse = len(results) < len(points) * sum(map(len, KINDS.values())) * FILLED
-    return head + "\n" + "\n".join(_cases(results, points) if sparse else _grid(results, points)) + "\n"
+    brief = _faults(results) if len(results) > LISTED else _cases(results, points)
+    return head + "\n" + "\n".join(brief if sparse else _grid(results, points)) + "\n"
+
+
+def _faults(results: dict[tuple[str, str], dict[str, object]]) -> list[str]:
+    lines = [
+        "| fault | cases | " + " | ".join(LETTERS) + " | cases that lost some | most lost | longest silence, ms |",
+        "|---|" + "---:|" * (len(LETTERS) + 4),
+    ]
+    for kind, faults in KINDS.items():
+        of_kind = [result for (_, fault), result in results.items() if fault in faults]
+        if of_kind:
+            outcomes = [sum(result["outcome"] == name for result in of_kind) for name in LETTERS]
+            lost = [int(str(result["lost"])) for result in of_kind]
+            silence = max(float(str(result["silence_ms"])) for result in of_kind)
+            numbers = [len(of_kind), *outcomes, sum(map(bool, lost)), max(lost), f"{silence:.0f}"]
+            lines.append(f"| {kind} | " + " | ".join(map(str, numbers)) + " |")
+    return lines
 
 
 def _grid(results: dict[tuple[str, str], dict[str, object]], points: list[str]) -> list[str]:

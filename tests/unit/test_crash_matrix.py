@@ -75,3 +75,15 @@ def test_a_page_without_a_place_is_left_as_it_is(tmp_path: Path, text: str) -> N
     done = write(tmp_path, text, result("source.final", "kill-A", "aborted"))
     assert done.returncode and "no place for the table" in done.stderr
     assert (tmp_path / "page.md").read_text() == text
+
+
+def test_of_many_cases_there_is_a_row_a_fault(tmp_path: Path) -> None:
+    """Too many for a row each, too few for a row a point."""
+    cells = [(f"source.p{n}", "kill-A" if n % 2 else "reboot-B") for n in range(crash_matrix.LISTED + 1)]
+    lines = [
+        result(point, fault, "aborted" if fault == "kill-A" else "degraded", lost=n // 100)
+        for n, (point, fault) in enumerate(cells)
+    ]
+    assert write(tmp_path, TEXT, *lines).returncode == 0
+    rows = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith(("| kill", "| reboot"))]
+    assert rows == ["| kill | 50 | 0 | 0 | 50 | 0 | 0 | 0 | 12 |", "| reboot | 51 | 0 | 51 | 0 | 0 | 1 | 1 | 12 |"]
