@@ -52,7 +52,8 @@ def checkpoint(driver: Driver, refs: Sequence[PortRef], source: str, *, codec: s
     if unknown:
         raise Incompatible(f"driver {driver.name} holds kind {unknown[0]}, which is not in the registry")
     need = driver.describe(refs)
-    kinds = {name: KindInfo(kind.version, not kind.required) for name, kind in KINDS.items() if name in held}
+    used = held.keys() & need.kinds.keys()
+    kinds = {name: KindInfo(kind.version, not kind.required) for name, kind in KINDS.items() if name in used}
     header = Header(
         vm=vms.pop(),
         source=source,

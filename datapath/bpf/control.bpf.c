@@ -10,19 +10,10 @@
 #include <linux/bpf.h>
 #include <linux/errno.h>
 
+#include "lib/batch.h"
 #include "lib/sweep.h"
 
 #define READ_TRIES 16
-
-struct batch { /* of callbacks; must lie on the stack */
-	void *table;
-	__u32 found;
-};
-
-static __always_inline struct exchange *exchange_at(__u32 index)
-{
-	return bpf_map_lookup_elem(&exchange, &index);
-}
 
 /* An entry that is deleted and its memory reused while it is copied shows another generation than its id. */
 static long read_one(__u32 index, struct batch *batch)
@@ -53,17 +44,7 @@ static long read_one(__u32 index, struct batch *batch)
 SEC("syscall")
 int ct_read(struct ct_batch *context)
 {
-	struct batch batch = {};
-	__u32 slot = context->slot;
-
-	batch.table = bpf_map_lookup_elem(&conntracks, &slot);
-	if (context->count > EXCHANGE_LENGTH)
-		return -EINVAL;
-	if (!batch.table)
-		return -ENOENT;
-	bpf_loop(context->count, read_one, &batch, 0);
-	context->found = batch.found;
-	return 0;
+	return batch_run(context, read_one, 0);
 }
 
 static long settle_one(__u32 index, struct batch *batch)
@@ -101,19 +82,7 @@ static long settle_one(__u32 index, struct batch *batch)
 SEC("syscall")
 int ct_settle(struct ct_batch *context)
 {
-	struct batch batch = {};
-	__u32 slot = context->slot;
-
-	batch.table = bpf_map_lookup_elem(&conntracks, &slot);
-	if (context->count > EXCHANGE_LENGTH)
-		return -EINVAL;
-	if (!batch.table)
-		return -ENOENT;
-	if (!sweep_port(slot))
-		return -EBUSY;
-	bpf_loop(context->count, settle_one, &batch, 0);
-	context->found = batch.found;
-	return 0;
+	return batch_run(context, settle_one, 1);
 }
 
 /*

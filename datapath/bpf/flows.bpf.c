@@ -3,19 +3,13 @@
 #include <linux/bpf.h>
 #include <linux/errno.h>
 
-#include "lib/sweep.h"
+#include "lib/batch.h"
 
 #define END_TRIES 16
 
-struct ending { /* of the callback; must lie on the stack */
-	void *table;
-	__u32 slot;
-	__u32 found;
-};
-
-static long end_one(__u32 index, struct ending *ending)
+static long end_one(__u32 index, struct batch *batch)
 {
-	struct exchange *element = bpf_map_lookup_elem(&exchange, &index);
+	struct exchange *element = exchange_at(index);
 	struct ct_entry *entry;
 	struct ct_key key;
 
@@ -24,13 +18,13 @@ static long end_one(__u32 index, struct ending *ending)
 	key = element->key;
 	element->found = 0;
 	for (int i = 0; i < END_TRIES; i++) { /* its state changes meanwhile */
-		entry = bpf_map_lookup_elem(ending->table, &key);
+		entry = bpf_map_lookup_elem(batch->table, &key);
 		if (!entry)
 			return 0;
-		if (!ct_kill(ending->table, ending->slot, &key, entry, READ_ONCE(entry->word), FLOW_FORCED))
+		if (!ct_kill(batch->table, batch->slot, &key, entry, READ_ONCE(entry->word), FLOW_FORCED))
 			continue;
 		element->found = 1;
-		ending->found++;
+		batch->found++;
 		return 0;
 	}
 	return 0;
@@ -42,17 +36,5 @@ static long end_one(__u32 index, struct ending *ending)
 SEC("syscall")
 int ct_end(struct ct_batch *context)
 {
-	struct ending ending = {.slot = context->slot};
-	__u32 slot = context->slot;
-
-	ending.table = bpf_map_lookup_elem(&conntracks, &slot);
-	if (context->count > EXCHANGE_LENGTH)
-		return -EINVAL;
-	if (!ending.table)
-		return -ENOENT;
-	if (!sweep_port(slot))
-		return -EBUSY;
-	bpf_loop(context->count, end_one, &ending, 0);
-	context->found = ending.found;
-	return 0;
+	return batch_run(context, end_one, 1);
 }

@@ -8,10 +8,12 @@ import pytest
 
 from datapath.errors import LoadRejected
 from datapath.provider import PortState
+from datapath.registry import KINDS
 from datapath.state.kind import Op, Table
 from migrator.checkpoint import checkpoint, restore
 from migrator.diff import diff
 from migrator.errors import PreflightFailed
+from migrator.snapshot import SnapshotReader
 from tests.contract.hosts import Host, dummy_host, inside, ref
 from tests.contract.samples import MAC, normal, sample
 
@@ -42,6 +44,16 @@ def assert_restored(host: Host, raw: bytes, epoch: int) -> None:
         expected = normal([sample(kind, count)])
         got = normal(list(host.driver.dump(ref(epoch), kind)))
         assert {key: got.get(key) for key in expected} == expected, kind
+
+
+def test_a_file_names_the_kinds_that_the_vm_uses(host: Host) -> None:
+    """What no port of it has is not asked of the host that restores it."""
+    raw = with_state(host)
+    asked = SnapshotReader(io.BytesIO(raw)).header.kinds
+    configured = {name for name, kind in KINDS.items() if kind.document is not None}
+    assert asked.keys() & configured == COUNTS.keys() & configured
+    assert asked.keys() >= {"port", *COUNTS}
+    assert "flows" not in asked
 
 
 def test_a_vm_comes_back_from_its_file(host: Host) -> None:
