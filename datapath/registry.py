@@ -17,11 +17,13 @@ from datapath.state.port import PORT
 from datapath.state.qos import QOS
 from datapath.state.remap import REMAP
 from datapath.state.sampling import SAMPLING
+from datapath.state.window import WINDOW
 
 _ALL = (
     PORT,
     ACL,
     FDB,
+    WINDOW,
     CONNTRACK,
     MIRROR,
     REMAP,

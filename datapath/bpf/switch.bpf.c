@@ -9,5 +9,6 @@
 #include "from_uplink.bpf.c"
 #include "to_cutter.bpf.c"
 #include "to_port.bpf.c"
+#include "window.bpf.c"
 
 char _license[] SEC("license") = "GPL";

@@ -31,6 +31,15 @@ FLAGS = {REPLIED: "REPLIED", ASSURED: "ASSURED", INBOUND: "INBOUND", LEARNED: "L
 
 ALARM_PERCENT = 80  # a table that is fuller is reported to the operator
 
+WINDOW_FLAGS = {
+    1 << 0: "FROM",  # the guest's SYN was seen
+    1 << 1: "TO",  # the other side's was seen, too: nothing is checked without both
+    1 << 2: "UNCHECKED",
+    1 << 3: "SYN_FROM",  # the guest sent one in mid-connection, which was ignored
+    1 << 4: "SYN_TO",
+}
+NO_SCALE = 15  # a SYN without the option of RFC 7323
+
 PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp"}
 
 CONNTRACK = Kind(
@@ -54,6 +63,18 @@ CONNTRACK = Kind(
         "id": Column("<u8"),
         "judged": Column("<u4", 0, volatile=True),  # digest of the policy it was judged under, 0: judge again
         "mark": Column("<u4", 0),
+        # TCP, at a port with kind window; sequence numbers are those of the wire. Left out where no connection has any
+        "window_flags": Column("u1", 0, volatile=True, values=frozenset(range(32)), bits=WINDOW_FLAGS),
+        "window_scale_from": Column("u1", 0, volatile=True, values=frozenset(range(16))),  # shift count, or NO_SCALE
+        "window_scale_to": Column("u1", 0, volatile=True, values=frozenset(range(16))),
+        "window_ignored_scale": Column("u1", 0, volatile=True, values=frozenset(range(16))),  # of the ignored SYN
+        "window_ignored_next": Column("<u2", 0, volatile=True),  # low bits of what acknowledges that
+        **{
+            f"window_{number}_{side}": Column("<u4", 0, volatile=True)
+            # sent up to, allowed up to, acknowledged up to, largest window offered in bytes
+            for number in ("end", "limit", "acked", "offered")
+            for side in ("from", "to")
+        },
         "packets_from": Column("<u8", 0, accounting=True),
         "packets_to": Column("<u8", 0, accounting=True),
         "bytes_from": Column("<u8", 0, accounting=True),  # of IP packets

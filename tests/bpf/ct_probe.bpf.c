@@ -6,6 +6,7 @@
 #include "flows.bpf.c"
 #include "lib/judge.h"
 #include "race.h"
+#include "window.bpf.c"
 
 static __always_inline int probe(struct __sk_buff *skb, int direction)
 {

@@ -118,6 +118,13 @@ def _conntrack(count: int) -> Table:
     columns["id"] = _random(3, 1, 1 << 63, count)
     columns["judged"] = np.full(count, 0xABCD1234, dtype="<u4")
     columns["mark"] = (numbers % 16).astype("<u4")
+    columns["window_flags"] = (1 + numbers % 31).astype("u1")
+    for name in ("window_scale_from", "window_scale_to", "window_ignored_scale"):
+        columns[name] = (numbers % 16).astype("u1")
+    columns["window_ignored_next"] = (numbers % 0x8000).astype("<u2")
+    for seed, name in enumerate((name for name in columns if name.endswith(("_from", "_to"))), start=20):
+        if columns[name].dtype == "<u4":
+            columns[name] = _random(seed, 0, 1 << 32, count).astype("<u4")
     for seed, name in enumerate(("packets_from", "packets_to"), start=4):
         columns[name] = _random(seed, 1, 10_000, count)
     for seed, name in enumerate(("bytes_from", "bytes_to"), start=6):
@@ -132,6 +139,11 @@ def _qos(count: int) -> Table:
         {"direction": "to", "mode": "police", "rate_bps": 10**7, "burst_bytes": 8192, "dscp": 34, **shared},
     ]
     return Table("qos", records=ways[:count], port_time_ns=PORT_TIME_NS)
+
+
+def _window(count: int) -> Table:
+    record = {"protocol": "tcp", "check": "count", "outside_from": 5, "outside_to": 1 << 33}
+    return Table("window", records=[record][:count], port_time_ns=PORT_TIME_NS)
 
 
 def _mirror(count: int) -> Table:
@@ -224,6 +236,7 @@ SAMPLES: dict[str, Callable[[int], Table]] = {
     "fdb": _fdb,
     "conntrack": _conntrack,
     "qos": _qos,
+    "window": _window,
     "mirror": _mirror,
     "remap": _remap,
     "sampling": _sampling,

@@ -24,6 +24,7 @@ COUNTS = {
     "conntrack": 5_000,
     "mirror": 8,
     "qos": 2,
+    "window": 1,
     "remap": 30,
     "sampling": 1,
     "flow_export": 1,

@@ -43,6 +43,10 @@ def connections(count: int, seed: int = 1) -> Columns:
     columns["raddr"] = numbers.view("V16").reshape(count)
     columns["type"], columns["from"] = np.zeros(count, "u1"), np.zeros(count, "u1")
     columns["flags"] = columns["flags"] & 0x0F
+    columns["window_flags"] = columns["window_flags"] & 0x1F
+    for name in ("window_scale_from", "window_scale_to", "window_ignored_scale"):
+        columns[name] = columns[name] & 0x0F
+    columns["window_ignored_next"] = columns["window_ignored_next"] & 0x7FFF
     columns["state"] = dice.choice(np.array(sorted(STATES.values()), "u1"), count)
     columns["age_ns"] = dice.integers(0, 10**12, count, np.uint64)
     for name in ("packets_from", "packets_to", "bytes_from", "bytes_to"):

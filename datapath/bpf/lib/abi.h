@@ -30,6 +30,8 @@ enum abi_constant {
 	ABI_HOLD_FRAMES = HOLD_FRAMES,
 	ABI_QOS_SHIFT = QOS_SHIFT,
 	ABI_QOS_CLASS = QOS_CLASS(0),
+	ABI_WINDOW_NO_SCALE = WINDOW_NO_SCALE,
+	ABI_WINDOW_NEXT_MASK = WINDOW_NEXT_MASK,
 };
 
 union abi {
@@ -81,6 +83,8 @@ union abi {
 	struct acl_rule acl_rule;
 	struct hits_key hits_key;
 	struct hits hits;
+	enum window_flag window_flag;
+	struct window_port window_port;
 	struct mirror mirror;
 	struct mirror_count mirror_count;
 	struct mirror_name mirror_name;

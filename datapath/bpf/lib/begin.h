@@ -5,6 +5,7 @@
 #include "acl.h"
 #include "ct.h"
 #include "evict.h"
+#include "window.h"
 
 struct tracking { /* on the stack of judge() */
 	struct __sk_buff *skb;
@@ -58,6 +59,12 @@ static __always_inline __u32 track_flags(const struct tracking *t)
 	return (__u32)t->pkt->tcp_flags << (t->direction ? 8 : 0);
 }
 
+/* Are windows of this packet's connection checked? */
+static __always_inline int track_windowed(const struct tracking *t)
+{
+	return READ_ONCE(t->port->features) & FEATURE_WINDOW && t->pkt->proto == IPPROTO_TCP;
+}
+
 /* A new entry; `opening` is CT_WORD without id. */
 static __always_inline int track_insert(struct tracking *t, __u64 opening)
 {
@@ -76,6 +83,8 @@ static __always_inline int track_insert(struct tracking *t, __u64 opening)
 	entry->bytes[direction] = t->pkt->wire_bytes;
 	entry->began = t->now;
 	entry->tcp_flags = track_flags(t);
+	if (track_windowed(t))
+		window_step(t->skb, t->pkt, entry, WINDOW_HOW(direction, CT_NONE));
 	error = bpf_map_update_elem(t->table, &t->key, entry, BPF_NOEXIST);
 	if ((error == -E2BIG || error == -ENOMEM) && evict_one(t->table, t->port))
 		error = bpf_map_update_elem(t->table, &t->key, entry, BPF_NOEXIST);
@@ -104,6 +113,9 @@ static __always_inline int track_renew(struct tracking *t, struct ct_entry *entr
 	WRITE_ONCE(entry->id, id);
 	WRITE_ONCE(entry->judged, POLICY_DIGEST(t->policy));
 	WRITE_ONCE(entry->mark, 0);
+	WRITE_ONCE(entry->window, 0);
+	if (track_windowed(t))
+		window_step(t->skb, t->pkt, entry, WINDOW_HOW(t->direction, CT_NONE));
 	for (int i = 0; i < 2; i++) {
 		WRITE_ONCE(entry->packets[i], 0);
 		WRITE_ONCE(entry->bytes[i], 0);

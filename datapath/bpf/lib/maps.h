@@ -258,6 +258,15 @@ struct { /* slot * 2 + direction. The agent maps it into its memory: fields chan
 	PINNED;
 } qos SEC(".maps");
 
+struct { /* by slot. The agent maps it into its memory */
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, SLOTS_DEFAULT);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct window_port);
+	PINNED;
+} windows SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 22);

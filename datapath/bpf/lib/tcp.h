@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * TCP as nf_conntrack follows it (net/netfilter/nf_conntrack_proto_tcp.c), by state, direction and the flag that
- * counts. Sequence numbers are not followed: a connection is as open to out-of-window segments as nf_conntrack is with
- * be_liberal.
+ * counts. Sequence numbers are window.h's, at ports that check them: else a connection is as open to out-of-window
+ * segments as nf_conntrack is with be_liberal.
  */
 #pragma once
 

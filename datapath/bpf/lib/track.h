@@ -30,6 +30,26 @@ static __always_inline int track_allowed(struct tracking *t, struct ct_entry *en
 	return reason;
 }
 
+/* The word after a segment that would make it `next`; CT_NEXT_INVALID for one that is to be dropped. */
+static __always_inline __u64 track_window(struct tracking *t, struct ct_entry *entry, __u64 word, __u64 next)
+{
+	int found = window_step(t->skb, t->pkt, entry, WINDOW_HOW(t->direction, CT_STATE(word)));
+
+	if (found == WINDOW_OUTSIDE) {
+		if (t->flags & PORT_F_LEARNING)
+			track_would_drop(t->slot);
+		else if (window_drops(t->slot, t->direction, t->pkt->wire_packets))
+			return CT_NEXT_INVALID;
+		return word;
+	}
+	if (found & WINDOW_MOVED) {
+		t->key.type = CT_TYPE_WINDOW;
+		mark_dirty(t->slot, &t->key);
+		t->key.type = CT_TYPE_CONNECTION;
+	}
+	return found & WINDOW_KEEPS ? word : next;
+}
+
 static __always_inline int track_follow(struct tracking *t, struct ct_entry *entry, __u64 word)
 {
 	int reason = track_allowed(t, entry, word);
@@ -46,6 +66,11 @@ static __always_inline int track_follow(struct tracking *t, struct ct_entry *ent
 		track_would_drop(t->slot);
 		return DROP_NONE;
 	}
+	if (track_windowed(t)) {
+		next = track_window(t, entry, word, next);
+		if (next == CT_NEXT_INVALID)
+			return DROP_WINDOW;
+	}
 	if (next != word) {
 		if (!cas(&entry->word, word, next))
 			return TRACK_AGAIN;
@@ -53,7 +78,10 @@ static __always_inline int track_follow(struct tracking *t, struct ct_entry *ent
 	}
 	if (flow_exported(t->port) && t->pkt->proto == IPPROTO_TCP)
 		flow_note(entry, t->pkt, t->direction);
-	return ct_touch(t->slot, &t->key, entry, next, t->now, t->pkt, t->direction);
+	reason = ct_touch(t->slot, &t->key, entry, next, t->now, t->pkt, t->direction);
+	if (reason && track_windowed(t))
+		window_give_up(entry);
+	return reason;
 }
 
 /* Returns enum drop_reason. */

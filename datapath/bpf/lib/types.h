@@ -319,6 +319,7 @@ enum ct_type { /* what an entry of the connection table, or a key of the dirty s
 	       CT_TYPE_CONNECTION = 0,
 	       CT_TYPE_FRAGMENT = 1, /* laddr, raddr, proto; id in lport (high) and rport (low); ports in `mark` */
 	       CT_TYPE_L2 = 2,       /* dirty set only: laddr[0..1] hold the MAC, raddr[0] the network */
+	       CT_TYPE_WINDOW = 3,   /* dirty set only: of this connection the TCP window alone has changed */
 };
 
 struct ct_key {          /* from the VM's side, so that one look-up serves both directions */
@@ -350,6 +351,35 @@ struct ct_entry {
 	__u64 carried_bytes[2];
 	__u64 began;     /* port time of the first packet, 0 on a host before */
 	__u32 tcp_flags; /* seen on this host while FEATURE_EXPORT: 0-7 from the guest, 8-15 to the guest */
+	__u32 window;    /* WINDOW_*: what is known of the four below, which are of TCP while FEATURE_WINDOW */
+	/* sequence numbers in host order; 0 what the guest sent or said, 1 what came to it */
+	__u32 window_end[2];     /* behind the last that was sent */
+	__u32 window_limit[2];   /* behind the last that the other side lets it send */
+	__u32 window_acked[2];   /* the highest that it acknowledged */
+	__u32 window_offered[2]; /* the largest window that it offered, in bytes */
+};
+
+/* ---- TCP windows: lib/window.h -------------------------------------------------------------------------------- */
+
+/* ct_entry.window. Bits 0-11: shift counts of the guest's SYN, of the other side's, of one that was ignored; 17-31: of
+ * the ignored one, the lowest bits of the sequence number that acknowledges it. */
+#define WINDOW_SCALE(word, which) ((word) >> 4 * (which) & 15)
+#define WINDOW_NO_SCALE           15 /* the SYN had no such option (RFC 7323, 2.2) */
+#define WINDOW_IGNORED            2  /* `which` of WINDOW_SCALE: 0 and 1 are the sides */
+#define WINDOW_NEXT(word)         ((word) >> 17)
+#define WINDOW_NEXT_MASK          0x7fff
+
+enum window_flag {
+	WINDOW_F_FROM = 1 << 12,      /* the guest's SYN was seen */
+	WINDOW_F_TO = 1 << 13,        /* the other side's SYN was seen; nothing is checked without both */
+	WINDOW_F_UNCHECKED = 1 << 14, /* what is known is not the truth any more */
+	WINDOW_F_SYN_FROM = 1 << 15,  /* the guest sent a SYN in mid-connection, which was ignored */
+	WINDOW_F_SYN_TO = 1 << 16,    /* the other side did */
+};
+
+struct window_port {      /* element of `windows`, by slot */
+	__u64 outside[2]; /* segments outside of their connection's window; 0 from the guest, 1 to the guest */
+	__u32 count_only; /* they pass. Written by the agent */
 	__u32 pad;
 };
 

@@ -8,6 +8,7 @@ from datapath.drivers.ebpf.mirroring import MirrorTable
 from datapath.drivers.ebpf.qos import Qos
 from datapath.drivers.ebpf.remap import RemapTable
 from datapath.drivers.ebpf.sampling import SamplingTable
+from datapath.drivers.ebpf.windows import WindowTable
 from datapath.state.kind import Kind
 
 TABLES: tuple[type[KindTable], ...] = (
@@ -16,6 +17,7 @@ TABLES: tuple[type[KindTable], ...] = (
     Qos,
     SamplingTable,
     FlowExport,
+    WindowTable,
 )
 
 CONFIGURED: tuple[Kind, ...] = tuple(table.kind for table in TABLES)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datapath.drivers.ebpf import layout
+from datapath.drivers.ebpf import layout, window_columns
 from datapath.drivers.ebpf.evolve import by_name
 from datapath.errors import LoadRejected
 from datapath.state import conntrack
@@ -85,6 +85,7 @@ def columns(keys: Keys, entries: Entries, port_time: int) -> Columns:
         "id": np.ascontiguousarray(entries["id"]),
         "judged": np.ascontiguousarray(entries["judged"]),
         "mark": np.ascontiguousarray(entries["mark"]),
+        **window_columns.columns(entries),
         "packets_from": own[:, 0] + carried[:, 0],
         "packets_to": own[:, 1] + carried[:, 1],
         "bytes_from": own_bytes[:, 0] + carried_bytes[:, 0],
@@ -114,6 +115,7 @@ def entries(given: Columns, port_time: int) -> Entries:
         made[name] = given[name]
     made["carried_packets"][:, 0], made["carried_packets"][:, 1] = given["packets_from"], given["packets_to"]
     made["carried_bytes"][:, 0], made["carried_bytes"][:, 1] = given["bytes_from"], given["bytes_to"]
+    window_columns.fill(made, given)
     return made
 
 

@@ -66,9 +66,13 @@ def _fill(made: Records, values: Records, name: str) -> None:
 
 
 def lost(old: np.dtype[Any] | None, new: np.dtype[Any] | None) -> list[str]:
-    """Fields of the old layout that the new one does not have."""
+    """Fields of the old layout that the new one does not have. What was there to fill a gap may have become a field."""
     known = set(new.names or ()) if new is not None else set()
-    return [name for name in (old.names or () if old is not None else ()) if name not in known]
+    return [
+        name
+        for name in (old.names or () if old is not None else ())
+        if name not in known and not name.startswith("pad")
+    ]
 
 
 def meanings(old: Btf, new: Btf) -> list[str]:

@@ -24,7 +24,7 @@ from datapath.drivers.ebpf.ledger import Ledger, PortEntry
 from datapath.drivers.ebpf.maps import Records
 from datapath.drivers.ebpf.maps import Table as Map
 from datapath.drivers.ebpf.mirroring import mirror_totals
-from datapath.drivers.ebpf.tracking import KEYS_MAX
+from datapath.drivers.ebpf.tracking import KEYS_MAX, joined, split
 from datapath.drivers.ebpf.words import Words
 from datapath.state.kind import Table
 from datapath.state.mirror import MIRROR
@@ -115,7 +115,7 @@ class Generation:
         if self.words.has(slot, C.PORT_F_OVERFLOW):
             self.words.flag(slot, drop=C.PORT_F_OVERFLOW)
             return None
-        keys = keys[keys["type"] != C.CT_TYPE_L2]
+        keys = joined(*split(keys[keys["type"] != C.CT_TYPE_L2]))
         return self._connections.changed(instance, keys) if len(keys) else []
 
     def counted(self, slot: int) -> Iterator[Table]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from datapath.drivers.ebpf.holds import HoldTap
 from datapath.drivers.ebpf.ledger import PortEntry
@@ -27,6 +27,7 @@ class Instance:
     hold_began: int = 0  # frames that the hold had refused when it began
     guest: GuestTap | None = None  # while a switchover looks into the guest's queue
     unpumped: bool = False  # a pump gave up: frames wait in an open hold
+    windows: set[bytes] = field(default_factory=set)  # keys of connections whose window alone changed, as tracked
     queue_before: int = 0  # length of the device's queue while a move has made it longer
 
     @property

@@ -50,6 +50,7 @@ class Kernel:
         self.mirror_cutter = switch.table("mirror_cutter")
         self.qos = switch.mapped("qos")
         self.samplings = switch.mapped("samplings")
+        self.windows = switch.mapped("windows")
         self.settings = switch.table("settings")
         self.exchange = switch.mapped("exchange")
         self.exchange_lock = threading.Lock()

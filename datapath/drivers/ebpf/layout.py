@@ -109,9 +109,14 @@ CT_ENTRY = _structure(
         ("carried_bytes", "<u8", 2),
         ("began", "<u8"),
         ("tcp_flags", "<u4"),
-        ("pad", "<u4"),
+        ("window", "<u4"),
+        ("window_end", "<u4", 2),
+        ("window_limit", "<u4", 2),
+        ("window_acked", "<u4", 2),
+        ("window_offered", "<u4", 2),
     ],
 )
+WINDOW_PORT = _structure("window_port", [("outside", "<u8", 2), ("count_only", "<u4"), ("pad", "<u4")])
 FLOW_END = _structure("flow_end", [("id", "<u8"), ("key", CT_KEY), ("reason", "<u4"), ("pad", "<u4")])
 FLOW_REPORT = _structure(
     "flow_report",

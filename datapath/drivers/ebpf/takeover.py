@@ -181,7 +181,7 @@ class Takeover:
         for slot in self.standing:
             self.changed += self._load_changes(slot)
         copy_changed(self._old.switch, self._new.switch, "l2")
-        for name in ("samplings", "flow_lost"):
+        for name in ("samplings", "flow_lost", "windows"):
             if name in self._old.switch.maps:
                 copy_changed(self._old.switch, self._new.switch, name)
         host = self._old.kernel.counters.get(0)
