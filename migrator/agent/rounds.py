@@ -14,6 +14,8 @@ from migrator.agent.copying import Batch, Copier, RoundTotal
 from migrator.agent.report import Report
 
 REPORT_S = 0.2
+SHRINKS = 0.8
+"""Rounds shrink while each has less than this share of the one before."""
 
 Call = Callable[..., Awaitable[Any]]
 Write = Callable[[pb.FromSource], Awaitable[None]]
@@ -78,6 +80,7 @@ class Rounds:
 
     async def _drain(self) -> None:
         """Returns to stop, or when everything has to be dumped again."""
+        before = 0
         while not self._stop.is_set():
             batch: Batch = await self._call(self._copier.drain)
             await self.send(batch)
@@ -86,13 +89,22 @@ class Rounds:
             if batch.records:
                 await self._end_round()
             self._tell()
-            if batch.records > self._settings.small_round:
+            shrinks = not before or batch.records < SHRINKS * before
+            before = batch.records
+            if not self._is_small(batch.records, shrinks=shrinks):
                 continue
             self._report.times_ms.setdefault("converged", (time.monotonic() - self._began) * 1e3)
             self._small()
             await _within(self._hurry, self._settings.drain_interval_s)
             self._hurry.clear()
         return None
+
+    def _is_small(self, records: int, *, shrinks: bool) -> bool:
+        """What changes while a round is sent is the next one: of a busy guest they stop shrinking where both are equal.
+
+        Such a round is as small as it gets. More than `steady_round` records would keep the guest standing for long.
+        """
+        return records <= (self._settings.small_round if shrinks else self._settings.steady_round)
 
     async def _end_round(self) -> None:
         """Send the round's totals and wait until the destination has loaded it all.

@@ -33,7 +33,7 @@ def test_a_guest_that_keeps_its_move_from_converging_stays_where_it_is(tmp_path:
     """By the move's deadline; and it can be moved when it has stopped."""
 
     async def scenario() -> None:
-        async with world(tmp_path, "a", "b", small_round=10, drain_interval_s=0.01) as w:
+        async with world(tmp_path, "a", "b", small_round=10, steady_round=40, drain_interval_s=0.01) as w:
             w.fill("a", 100)
             end = flooding(w)
             report = await w.finish(await w.migrate("b", timeout_s=TIMEOUT_S), 60)
