@@ -57,8 +57,6 @@ class MigrationSection(_Section):
 
     small_round: int = Field(default=512, ge=0)  # records: a round of at most that many is small
     steady_round: int = Field(default=16_384, ge=0)  # so is one of at most that many when rounds shrink no more
-        default=16_384, ge=0
-    )  # records: so is one of at most that many when rounds shrink no more
     drain_interval_s: float = Field(default=0.02, gt=0)
     idle_s: float = Field(default=0.002, ge=0)  # the guest's queue has to be empty for so long before it is stopped
     idle_deadline_s: float = Field(default=0.1, ge=0)
