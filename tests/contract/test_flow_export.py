@@ -19,11 +19,13 @@ import pytest
 
 from datapath.drivers.ebpf import conntrack, layout
 from datapath.drivers.ebpf.driver import EbpfDriver
+from datapath.drivers.ebpf.flow_export import FlowExport
 from datapath.drivers.ebpf.instances import Instance
 from datapath.provider import Driver
 from datapath.state.flow_export import FlowExportDocument
 from datapath.state.kind import Op, Table
 from tests.contract.hosts import Host, ebpf_host, inside
+from tests.killed_exporter import AFTER, BEFORE, killed
 from tests.netns.flow_collectors import Collectors
 
 CHANNEL = 4711
@@ -52,14 +54,16 @@ class Collector:
     def read(self) -> None:
         """All that has come."""
         while select.select([self._socket], [], [], 0)[0]:
-            datagram = self._socket.recv(65535)
-            v9 = datagram[1] == 9
-            self.heads.append(struct.unpack_from("!HHIIII" if v9 else "!HHIII", datagram))
-            body = datagram[20 if v9 else 16 :]
-            while body:
-                number, size = struct.unpack_from("!HH", body)
-                self._set(number, body[4:size])
-                body = body[size:]
+            self.take(self._socket.recv(65535))
+
+    def take(self, datagram: bytes) -> None:
+        v9 = datagram[1] == 9
+        self.heads.append(struct.unpack_from("!HHIIII" if v9 else "!HHIII", datagram))
+        body = datagram[20 if v9 else 16 :]
+        while body:
+            number, size = struct.unpack_from("!HH", body)
+            self._set(number, body[4:size])
+            body = body[size:]
 
     def _set(self, number: int, body: bytes) -> None:
         at = 0
@@ -219,6 +223,35 @@ def test_any_order_is_told_exactly(ebpf: Host, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["netflow", "ipfix"])
+def test_an_agent_that_is_killed_in_a_datagram_tells_nothing_twice(ebpf: Host, version: str) -> None:
+    """What it has noted and not sent is missing, and the sequence says so; nothing else is."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    random.seed(seed)
+    _loopback_up()
+    made = Collector()
+    try:
+        vm = Vm(ebpf, collectors=[made.endpoint], version=version)
+        lost = 0
+        for when in (AFTER, BEFORE, AFTER, BEFORE):
+            _tell_no_more(vm)
+            vm.begin(40)
+            vm.end(0.3)
+            vm.driver.stop()
+            for datagram in killed(ebpf.options, when, random.randrange(1, 5)):
+                made.read()
+                made.take(datagram)
+                lost += 1
+            ebpf.take_over()
+            vm.stir()
+        vm.driver.purge(vm.ref)
+        assert (made.sums(), lost) == ((vm.packets, vm.bytes), 2), "what was sent and what was lost, once each"
+        _assert_continuous(made, version)
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("version", ["netflow", "ipfix"])
 def test_collectors_that_others_wrote_agree(ebpf: Host, tmp_path: Path, version: str) -> None:
     """nfcapd and nfacctd over three moves: the same sums each way, no gap in the sequence; tshark reads all."""
     _loopback_up()
@@ -319,6 +352,15 @@ def _record(vm: Vm) -> dict[str, Any]:
     (table,) = vm.driver.dump(vm.ref, "flow_export")
     assert table.records is not None
     return dict(table.records[0])
+
+
+def _tell_no_more(vm: Vm) -> None:
+    """This agent leaves what is due to the next one."""
+    assert isinstance(vm.driver, EbpfDriver) and vm.driver._running is not None
+    exporter = vm.driver._running.kinds.part("flow_export")
+    assert isinstance(exporter, FlowExport) and exporter._thread is not None
+    exporter._leave.set()
+    exporter._thread.join()
 
 
 def _several(steps: list[Callable[[], None]]) -> None:

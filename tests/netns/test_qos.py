@@ -20,6 +20,7 @@ from migrator.lab import netns
 from migrator.lab.machines import Machine
 from migrator.lab.processes import wait_until
 
+from .test_wires import stopping_by_itself
 from .world import World
 
 FRAME_BYTES = 1042  # Ethernet, IPv4, UDP and the data
@@ -57,7 +58,7 @@ class Flood:
     def _send(self) -> None:
         began, each = time.monotonic(), 2 * self.rate_bps / 8 / FRAME_BYTES
         while not self._stop.wait(0.005):
-            while self.sent < (time.monotonic() - began) * each:
+            while self.sent < (time.monotonic() - began) * each and not self._stop.is_set():
                 self._out.send(_NUMBER.pack(self.sent).ljust(FRAME_BYTES - HEADERS, b"."))
                 self.sent += 1
 
@@ -150,20 +151,49 @@ def test_a_flood_passes_at_the_rate_and_what_waits_arrives_once(
     vm, peer = world.vm("h1", policy="open"), world.peer("h3")
     limit(world, vm, **{direction: {"mode": mode, "rate": "4mbit", "burst": BURST}})
     sender, receiver = (vm, peer) if direction == "from" else (peer, vm)
-    for one, other in ((vm, peer), (peer, vm)):  # a neighbour that is asked for again would want its share
-        command = ["neigh", "replace", other.address, "lladdr", other.ports[0].mac, "dev", "eth0", "nud", "permanent"]
-        netns.ip(*command, namespace=one.lab.name(one.name))
+    introduce(vm, peer)
     stream = flood(sender, receiver, RATE)
     stream.run_on(2 * BURST // FRAME_BYTES)  # the burst is used up
     for host in ("h2", "h1"):
         world.move(vm, host)
         stream.run_on(200)
     stream.finish()
+    passed, expected = len(stream.numbers) * FRAME_BYTES, stream.expected_bytes()
+    assert 0.95 * expected <= passed <= 1.05 * expected + BURST
+    assert_all_is_accounted(world, vm, direction, stream)
+
+
+@pytest.mark.parametrize("direction", ["from", "to"])
+def test_a_guest_that_stops_by_itself_with_a_full_queue(
+    world: World, flood: Callable[..., Flood], direction: str
+) -> None:
+    """Following: nobody opened the queue before the pause. What waits in it arrives once, or is counted."""
+    vm, peer = world.vm("h1", policy="open", behaviour={"memory_ms": 60_000, "swallow": False}), world.peer("h3")
+    limit(world, vm, **{direction: {"rate": "20mbit", "burst": BURST}})
+    introduce(vm, peer)
+    sender, receiver = (vm, peer) if direction == "from" else (peer, vm)
+    stream = flood(sender, receiver, 5 * RATE)
+    stream.run_on(2 * BURST // FRAME_BYTES)
+    for host in ("h2", "h1"):
+        report = stopping_by_itself(world, vm, host)
+        assert not report.leading
+        stream.run_on(200)
+    stream.finish()
+    assert_all_is_accounted(world, vm, direction, stream)
+
+
+def introduce(vm: Machine, peer: Machine) -> None:
+    """A neighbour that is asked for again would want its share."""
+    for one, other in ((vm, peer), (peer, vm)):
+        command = ["neigh", "replace", other.address, "lladdr", other.ports[0].mac, "dev", "eth0", "nud", "permanent"]
+        netns.ip(*command, namespace=one.lab.name(one.name))
+
+
+def assert_all_is_accounted(world: World, vm: Machine, direction: str, stream: Flood) -> None:
+    """The VM is at h1."""
     numbers = stream.numbers
     assert numbers == sorted(set(numbers)), "twice, or out of order"
     assert stream.excess_bytes() <= BURST * 1.1, "more than the rate and the burst in some interval"
-    passed, expected = len(numbers) * FRAME_BYTES, stream.expected_bytes()
-    assert 0.95 * expected <= passed <= 1.05 * expected + BURST
     world.cluster.settled(vm)
     known: dict[str, Any] = {}
 
@@ -224,6 +254,26 @@ def test_tcp_has_its_rate_across_moves(world: World, direction: str) -> None:
     rate = end["sum_received"]["bits_per_second"]
     burst_share = (512 << 10) * 8 / end["sum_received"]["seconds"] * TCP_SHARE
     assert 20e6 * TCP_SHARE * 0.95 <= rate <= 20e6 * TCP_SHARE * 1.05 + burst_share
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("direction", ["from", "to"])
+def test_tcp_has_its_rate_under_a_policer(world: World, direction: str) -> None:
+    """Before, across and after a move, with the burst that a document without one has and Linux's usual algorithm."""
+    vm, peer = world.vm("h1", policy="open"), world.peer("h3")
+    limit(world, vm, **{direction: {"mode": "police", "rate": "20mbit"}})
+    client, server = (vm, peer) if direction == "from" else (peer, vm)
+    burst = records(world, vm, "h1")[direction]["burst_bytes"]
+    for host in ("", "h2", ""):
+        with iperf(server, "-s", "-1"), iperf(client, "-c", server.address, "-t", "4", "-J", "-C", "cubic") as running:
+            if host:
+                world.move(vm, host)
+            output, _ = running.communicate(timeout=40)
+        received = json.loads(output)["end"]["sum_received"]
+        rate, burst_share = received["bits_per_second"], burst * 8 / received["seconds"] * TCP_SHARE
+        assert 20e6 * TCP_SHARE * 0.95 <= rate <= 20e6 * TCP_SHARE * 1.05 + burst_share, host
+    dropped = records(world, vm, "h2")[direction]["dropped_packets"]
+    assert dropped >= json.loads(output)["end"]["sum_sent"]["retransmits"] > 0, "it is the policer that limited it"
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import pytest
 from datapath.errors import LoadRejected
 from datapath.provider import Need, PortRef
 from datapath.state.kind import Op, Table
-from datapath.state.qos import QosDocument
+from datapath.state.qos import QOS, QosDocument
 
 from .driver_lab import Guest, Host, shelf, wait_until
 
@@ -136,6 +136,45 @@ def test_an_agent_that_starts_again_finds_its_classes_and_levels(host: Host) -> 
     assert "rate 4Mbit" in tc(host, "class", "show", "dev", guest.device)
     host.run(lambda: host.driver.purge(guest.ref))
     assert "htb" not in tc(host, "qdisc", "show", "dev", guest.device)
+
+
+def test_a_host_that_was_rebooted_limits_as_before(host: Host) -> None:
+    """Maps, pair and qdiscs are gone, the ledger is not: classes and marks are made anew, buckets begin full."""
+    guest, peer = host.guest("10.0.0.1"), host.guest("10.0.0.2")
+    limit(host, guest, **{"from": {"rate": "4mbit", "burst": "256KiB", "priority": 5, "dscp": "ef"}, "to": BOTH["to"]})
+    limit(host, peer, **{"from": {"mode": "police", "rate": "64kbit", "burst": "64KiB"}})
+    with peer.socket(socket.SOCK_DGRAM) as out:
+        for _ in range(100):
+            out.sendto(bytes(1000), (guest.address, PORT))
+    wait_until(lambda: shown(host, peer)["from"]["debt_ns"] > 0, "the bucket is used")
+    before = [queues(host, guest), *(bare(host, one) for one in (guest, peer))]
+    pins = host.driver._parts().pins
+
+    def reboot() -> None:
+        host.driver.stop()
+        pins.clear()
+        pins.make()
+        for command in (["ip", "link", "del", shaper(host)], ["tc", "qdisc", "del", "dev", guest.device, "root"]):
+            subprocess.run(command, check=True, timeout=10)
+
+    host.run(reboot)
+    host.start()
+    assert [queues(host, guest), *(bare(host, one) for one in (guest, peer))] == before
+    assert all(one["debt_ns"] == 0 == one["dropped_packets"] for one in shown(host, peer).values())
+    with peer.socket(socket.SOCK_DGRAM) as out:
+        for _ in range(100):
+            out.sendto(bytes(1000), (guest.address, PORT))
+    wait_until(lambda: shown(host, peer)["from"]["dropped_packets"] >= 30, "it polices")
+
+
+def queues(host: Host, guest: Guest) -> list[str]:
+    """Classes of the device and of the shaper."""
+    return [*tc(host, "class", "show", "dev", guest.device).splitlines(), *classes(host)]
+
+
+def bare(host: Host, guest: Guest) -> list[dict[str, Any]]:
+    """Records without what is live and counted."""
+    return [QOS.bare(record) for record in shown(host, guest).values()]
 
 
 def test_a_device_that_comes_later_is_shaped(host: Host) -> None:

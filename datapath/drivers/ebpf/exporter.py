@@ -106,24 +106,33 @@ class Exporter:
             yield connections[start : start + CONNECTIONS], reasons[start : start + CONNECTIONS]
 
     def report(self, connections: Records, reasons: NDArray[np.uint8], now: int) -> bool:
-        """One datagram to all collectors, then note what it said. False: none could be sent it, tried again later."""
-        rows, state = records(connections, reasons, now), self._read()
+        """Note what a datagram says, then send it to all collectors. False: none could be sent it, tried again later.
+
+        An agent that dies in between leaves a gap, which the sequence tells, and nothing that is counted twice, which
+        nobody could see. The sequence goes first: what is noted and was not sent is missing there, too.
+        """
+        rows, state, before = records(connections, reasons, now), self._read(), self._read()
         clock = self._clock()
         state["began"] = state["began"] or max(now, 1)
         templates = not self._introduced or clock - int(state["template"]) >= self._refresh_ns
         uptime = max(clock - int(state["began"]), 0) // 10**6
         moment = Moment(time.time_ns() // 10**6, uptime, int(state["sequence"]), self._domain)
         datagram = self._format.datagram(rows, moment, templates=templates)
-        unsent = self._collectors.send(datagram, self._endpoints)
-        state["errors"] += unsent
-        if unsent == len(self._endpoints) and self._tables.room(self._slot) > ROOM_KEPT:
-            self._kernel.flow_exporters.set(self._slot, state)
-            return False
         state["sequence"] = self._format.following(int(state["sequence"]), len(rows))
         state["datagrams"] += 1
         state["records"] += len(rows)
         if templates:
-            state["template"], self._introduced = clock, True
+            state["template"] = clock
         self._kernel.flow_exporters.set(self._slot, state)
         self._tables.report(self._slot, marked(connections, now))
+        unsent = self._collectors.send(datagram, self._endpoints)
+        if unsent == len(self._endpoints) and self._tables.room(self._slot) > ROOM_KEPT:
+            self._tables.load(self._slot, connections)
+            before["began"], before["errors"] = state["began"], before["errors"] + unsent
+            self._kernel.flow_exporters.set(self._slot, before)
+            return False
+        self._introduced |= templates
+        if unsent:
+            state["errors"] += unsent
+            self._kernel.flow_exporters.set(self._slot, state)
         return True

@@ -56,12 +56,16 @@ class SubAgent:
         size = 0
         for sample in self._encoded(samples):
             if size + len(sample) > sflow.DATAGRAM_BYTES - len(self._head) - 12:
-                self._send(encoded)
+                self._send_flows(encoded)
                 encoded, size = [], 0
             encoded.append(sample)
             size += len(sample)
         if encoded:
-            self._send(encoded)
+            self._send_flows(encoded)
+
+    def _send_flows(self, encoded: Sequence[bytes]) -> None:
+        self.numbers.store(self.slot, "flow_samples", int(self.numbers.view["flow_samples"][self.slot]) + len(encoded))
+        self._send(encoded)
 
     def _encoded(self, samples: Records) -> list[bytes]:
         columns = [samples[name].tolist() for name in _FIELDS]
@@ -90,7 +94,6 @@ class SubAgent:
                     vlans=ways,
                 )
             )
-        self.numbers.store(self.slot, "flow_samples", number)
         return encoded
 
     def tell_counters(self, own: Mapping[str, int], *, up: bool) -> None:
