@@ -288,7 +288,8 @@ class Driver(abc.ABC):
         """Change the configuration of a port in place (kind `port`); connections are judged again if it matters."""
 
     @abc.abstractmethod
-    def ports(self) -> list[PortStatus]: ...
+    def ports(self, vm: str = "") -> list[PortStatus]:
+        """All port instances here, or those of one VM: what this costs does not depend on the others."""
 
     @abc.abstractmethod
     def port(self, ref: PortRef) -> PortStatus: ...

@@ -77,10 +77,10 @@ class Ends:
 
     async def found(self, vm: str, epoch: int) -> pb.MoveState:
         """What became of an instance that nothing is remembered of: only who never had its guest is not known."""
-        statuses = await self._around.call(vm, self._around.driver.ports)
+        statuses = await self._around.call(vm, self._around.driver.ports, vm)
         lived = {PortState.ACTIVE, PortState.QUIESCED, PortState.STUB}
         # A newer one in its place: it has been open here and moved on.
-        opened = any(s.ref.vm == vm and s.ref.epoch >= epoch and s.state in lived for s in statuses)
+        opened = any(s.ref.epoch >= epoch and s.state in lived for s in statuses)
         return pb.MoveState(state="open" if opened else "unknown", committed=opened, opened=opened, known=opened)
 
     # ---- orders ----
@@ -88,8 +88,8 @@ class Ends:
     async def describe(self, vm: str) -> pb.Need:
         """Raises PortNotFound, AlreadyMigrating."""
         self._refuse_second(vm)
-        statuses = await self._around.call(vm, self._around.driver.ports)
-        refs = sorted(s.ref for s in statuses if s.ref.vm == vm and s.state is PortState.ACTIVE)
+        statuses = await self._around.call(vm, self._around.driver.ports, vm)
+        refs = sorted(s.ref for s in statuses if s.state is PortState.ACTIVE)
         if not refs:
             raise PortNotFound(f"VM {vm} has no active port on {self._around.host}", hint="is the VM on this host?")
         need = await self._around.call(vm, self._around.driver.describe, refs)
@@ -167,9 +167,9 @@ class Ends:
         for end in self.of(order.vm):
             if end.role is Role.SOURCE and order.epoch in {ref.epoch for ref in end.refs}:
                 return end.post(leaving.EndRedirect())
-        statuses = await self._around.call(order.vm, self._around.driver.ports)
+        statuses = await self._around.call(order.vm, self._around.driver.ports, order.vm)
         for status in statuses:
-            if (status.ref.vm, status.ref.epoch, status.state) == (order.vm, order.epoch, PortState.STUB):
+            if (status.ref.epoch, status.state) == (order.epoch, PortState.STUB):
                 await self._around.call(order.vm, self._around.driver.purge, status.ref)
         return None
 
@@ -239,7 +239,7 @@ class Ends:
         state = destination_machine.State(**{**fields, "phase": arriving.Phase(fields["phase"])})
         order = pb.PrepareDestination.FromString(bytes.fromhex(saved["order"]))
         end = DestinationEnd(self._around, order, state, lambda _: None)
-        statuses = {status.ref: status for status in await end.call(self._around.driver.ports)}
+        statuses = {status.ref: status for status in await end.call(self._around.driver.ports, end.vm)}
         await self._guard_again(end)
         here = {ref: statuses[ref].record for ref in end.refs if ref in statuses}
         end.arrival.revisions.update({ref: int(record.get("revision", 0)) for ref, record in here.items()})

@@ -91,7 +91,7 @@ class HostConfig:
     async def port(self, order: pb.PortOrder) -> None:
         """Make one port so. Raises what the driver does."""
         async with self._lock:
-            present = _by_port(await asyncio.to_thread(self._driver.ports))
+            present = _by_port(await asyncio.to_thread(self._driver.ports, order.port.vm))
             await self._around.call(order.port.vm, self._ensure, order, present)
 
     async def remove(self, removal: pb.PortRemoval) -> None:

@@ -160,8 +160,8 @@ class Household:
             ) from None
 
     async def _active(self, vm: str) -> set[str]:
-        statuses = await asyncio.to_thread(self._agent.driver.ports)
-        return {one.ref.mac for one in statuses if one.ref.vm == vm and one.state is PortState.ACTIVE}
+        statuses = await asyncio.to_thread(self._agent.driver.ports, vm)
+        return {one.ref.mac for one in statuses if one.state is PortState.ACTIVE}
 
     # ---- migrations ----
 
@@ -252,7 +252,7 @@ class Household:
 
     async def _devices(self, vm: str) -> Mapping[str, str]:
         refs = set(await refs_of(self._agent, vm))
-        statuses = await asyncio.to_thread(self._agent.driver.ports)
+        statuses = await asyncio.to_thread(self._agent.driver.ports, vm)
         return {one.ref.mac: one.device for one in statuses if one.ref in refs and one.device}
 
     # ---- the coordinator ----

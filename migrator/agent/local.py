@@ -49,7 +49,7 @@ def port_status(agent: Agent, status: PortStatus) -> pb.PortStatus:
 
 async def refs_of(agent: Agent, vm: str) -> list[PortRef]:
     """The VM's ports here that have tables: of several epochs the one that runs. Raises PortNotFound."""
-    statuses = [s for s in await asyncio.to_thread(agent.driver.ports) if s.ref.vm == vm]
+    statuses = await asyncio.to_thread(agent.driver.ports, vm)
     found = [s.ref for s in statuses if s.state is PortState.ACTIVE]
     found = found or [s.ref for s in statuses if s.state in SHOWN]
     if not found:

@@ -80,7 +80,7 @@ def replace(driver: Driver, path: Path, sync: pb.Sync) -> Replacement:
             pass
     vm = reader.header.vm
     declared = [order for order in sync.ports if order.port.vm == vm]
-    present = [status for status in driver.ports() if status.ref.vm == vm and status.state is not PortState.STUB]
+    present = [status for status in driver.ports(vm) if status.state is not PortState.STUB]
     devices = {order.port.mac: order.device for order in declared}
     devices |= {status.ref.mac: status.device for status in present if status.device}
     epochs = [status.ref.epoch for status in present] or [order.epoch for order in declared] or [1]

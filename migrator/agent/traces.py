@@ -37,8 +37,8 @@ class Traces:
 
     async def look(self, vm: str, mac: str) -> AsyncIterator[pb.TraceEvent]:
         """Events of a VM's port, or of all its ports. Raises PortNotFound."""
-        statuses = await asyncio.to_thread(self._driver.ports)
-        refs = [s.ref for s in statuses if s.ref.vm == vm and mac in ("", s.ref.mac)]
+        statuses = await asyncio.to_thread(self._driver.ports, vm)
+        refs = [s.ref for s in statuses if mac in ("", s.ref.mac)]
         if not refs:
             raise PortNotFound(f"VM {vm} has no port {mac} here", hint="migrator port list shows where it is")
         looker = (set(refs), asyncio.Queue[Event](WAITING_MAX))

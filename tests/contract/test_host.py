@@ -10,7 +10,7 @@ import pytest
 from datapath.errors import NotReady, PortNotFound
 from datapath.provider import Driver, Need, Network, NetworkKind, PortState
 from datapath.registry import KINDS
-from tests.contract.hosts import Host, bring, ref
+from tests.contract.hosts import VM, Host, bring, ref
 from tests.contract.samples import keys_of, normal, port_record, sample
 
 
@@ -239,3 +239,17 @@ def test_destroy_takes_everything(host: Host) -> None:
 def test_every_port_is_listed(host: Host) -> None:
     refs = [host.stage(mac=f"02:00:00:00:00:0{number}") for number in (3, 1, 2)]
     assert sorted(status.ref for status in host.driver.ports()) == sorted(refs)
+
+
+def test_the_ports_of_one_vm(host: Host) -> None:
+    """As those of all VMs say it, with every instance; a VM without any has none, also when it had one."""
+    mine, second = host.stage(1), host.stage(1, mac="02:00:00:00:00:02")
+    other = ref(1, mac="02:00:00:00:00:03", vm=f"{VM[:-1]}9")
+    host.plug("ct1x03")
+    host.driver.stage(other, host.record(mac=other.mac), "ct1x03")
+    newer = host.stage(2, device="ct1x01")
+    assert {status.ref for status in host.driver.ports(VM)} == {mine, second, newer}
+    assert host.driver.ports(other.vm) == [status for status in host.driver.ports() if status.ref == other]
+    host.driver.purge(other)
+    assert host.driver.ports(other.vm) == []
+    assert len(host.driver.ports()) == 3

@@ -310,6 +310,16 @@ def test_a_tap_of_another_namespace_is_not_taken(guest: subprocess.Popen[str]) -
             GuestTap("guest0")
 
 
+def test_one_device_by_its_name() -> None:
+    """As the list of all has it; other names of a device, and words that no device can have, are not there."""
+    veth("a0", "a1")
+    with IPRoute() as route:
+        route.link("property_add", ifname="a0", altname="other")
+    there = devices.links()
+    assert [devices.link(name) for name in ("lo", "a0", "a1")] == [there["lo"], there["a0"], there["a1"]]
+    assert [devices.link(name) for name in ("other", "a2", "", "a-name-of-17-chars")] == [None] * 4
+
+
 def test_the_watch_tells_of_every_change() -> None:
     told: list[tuple[str, str, int]] = []
 

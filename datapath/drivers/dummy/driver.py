@@ -274,8 +274,8 @@ class DummyDriver(Driver):
         port.tables["port"].load(Table("port", records=[checked]))
         port.configure(checked)
 
-    def ports(self) -> list[PortStatus]:
-        return [self.port(ref) for ref in sorted(self.switch.ports)]
+    def ports(self, vm: str = "") -> list[PortStatus]:
+        return [self.port(ref) for ref in sorted(self.switch.ports) if vm in ("", ref.vm)]
 
     def port(self, ref: PortRef) -> PortStatus:
         port = self._port(ref)

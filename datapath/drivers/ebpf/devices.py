@@ -29,7 +29,7 @@ TUNNEL_MTU = 65465  # the largest: what a network may carry is decided per netwo
 
 # linux/rtnetlink.h, linux/netlink.h, linux/if_link.h, linux/if.h
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
-_NLMSG_DONE = 3
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
 _RTMGRP_LINK = 1
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_QDISC, _IFLA_MASTER, _IFLA_TXQLEN = 1, 3, 4, 6, 10, 13
@@ -62,8 +62,10 @@ def links() -> dict[str, Link]:
 
 
 def link(name: str) -> Link | None:
-    """One device; None if it is not there."""
-    return links().get(name)
+    """One device; None if it is not there. Costs the same beside however many others."""
+    with _socket(0) as sock:
+        found = _ask(sock, name)
+    return found if found is not None and found.name == name else None  # the kernel looks at alternative names, too
 
 
 class Watch:
@@ -236,6 +238,24 @@ def _dump(sock: socket.socket) -> Iterator[Link]:
                 return
             if kind == _RTM_NEWLINK:
                 yield _parse(body)
+
+
+def _ask(sock: socket.socket, name: str) -> Link | None:
+    """The device that the kernel has by a name. Raises KernelError."""
+    wanted = name.encode() + b"\0"
+    attribute = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(wanted), _IFLA_IFNAME) + wanted.ljust(
+        -(-len(wanted) // 4) * 4, b"\0"
+    )
+    body = _LINK.pack(0, 0, 0, 0, 0) + attribute
+    sock.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETLINK, _NLM_F_REQUEST, 1, 0) + body)
+    for kind, answer in _messages(sock.recv(_RECEIVE)):
+        if kind == _RTM_NEWLINK:
+            return _parse(answer)
+        if kind == _NLMSG_ERROR:
+            code = -int.from_bytes(answer[:4], sys.byteorder, signed=True)
+            if code not in (errno.ENODEV, errno.EINVAL, errno.ERANGE):  # the latter: no name that a device can have
+                raise KernelError(f"look for device {name}", code)
+    return None
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:

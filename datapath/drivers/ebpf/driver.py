@@ -238,8 +238,9 @@ class EbpfDriver(Driver):
         with self._structure:
             self._parts().staging.update(self._find(ref), record)
 
-    def ports(self) -> list[PortStatus]:
-        return status.all_ports(self._parts())
+    def ports(self, vm: str = "") -> list[PortStatus]:
+        parts = self._parts()
+        return status.ports(parts, parts.instances.of(vm) if vm else parts.instances)
 
     def port(self, ref: PortRef) -> PortStatus:
         return status.port(self._parts(), self._find(ref))

@@ -53,6 +53,7 @@ class Instances:
         self._slots = slots
         self._by_ref: dict[PortRef, Instance] = {}
         self._by_slot: dict[int, Instance] = {}
+        self._by_vm: dict[str, set[int]] = {}  # slots
         self._taken: set[int] = set()
         self._lock = threading.Lock()
         self._followers: list[Callable[[PortRef], None]] = []
@@ -64,6 +65,11 @@ class Instances:
     def __iter__(self) -> Iterator[Instance]:
         with self._lock:
             return iter([self._by_slot[slot] for slot in sorted(self._by_slot)])
+
+    def of(self, vm: str) -> list[Instance]:
+        """A VM's, by slot."""
+        with self._lock:
+            return [self._by_slot[slot] for slot in sorted(self._by_vm.get(vm, ()))]
 
     def find(self, ref: PortRef) -> Instance:
         """Raises StaleEpoch when a newer instance of the port is here instead, PortNotFound when none is."""
@@ -117,6 +123,7 @@ class Instances:
         with self._lock:
             self._taken.add(instance.slot)
             self._by_ref[instance.ref] = self._by_slot[instance.slot] = instance
+            self._by_vm.setdefault(instance.ref.vm, set()).add(instance.slot)
         self._tell(instance.ref)
 
     def release(self, slot: int) -> None:
@@ -126,6 +133,9 @@ class Instances:
             gone = self._by_slot.pop(slot, None)
             if gone is not None:
                 del self._by_ref[gone.ref]
+                self._by_vm[gone.ref.vm].discard(slot)
+                if not self._by_vm[gone.ref.vm]:
+                    del self._by_vm[gone.ref.vm]
         if gone is not None:
             self._tell(gone.ref)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from datapath.drivers.ebpf.instances import Instance
@@ -13,10 +14,10 @@ if TYPE_CHECKING:
     from datapath.drivers.ebpf.running import Running
 
 
-def all_ports(parts: Running) -> list[PortStatus]:
-    """By slot; an instance that is just being made or purged may be missing."""
+def ports(parts: Running, instances: Iterable[Instance]) -> list[PortStatus]:
+    """In the same order; an instance that is just being made or purged may be missing."""
     found = []
-    for instance in parts.instances:
+    for instance in instances:
         with contextlib.suppress(NotReady):
             found.append(port(parts, instance))
     return found
