@@ -147,11 +147,10 @@ class Catalog:
     def ports_touched(self, entries: Iterable[Entry]) -> list[pb.Port]:
         """Ports whose order these changes alter."""
         changed = {(entry.sort, entry.name) for entry in entries}
-        policies = {
-            name
-            for name, policy in self.policies.items()
-            if ("policy", name) in changed or any(("address-set", s) in changed for s in sets_of(policy))
-        }
+        policies = {name for sort, name in changed if sort == "policy"}
+        sets = {name for sort, name in changed if sort == "address-set"}
+        if sets:  # nobody reads all rules of the cluster for a change that has nothing to do with them
+            policies |= {name for name, policy in self.policies.items() if not sets.isdisjoint(sets_of(policy))}
         return [
             port
             for name, port in self.ports.items()

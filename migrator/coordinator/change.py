@@ -157,12 +157,9 @@ def _with_ids(catalog: Catalog, policy: config.Policy, counters: Counters) -> pb
     """The policy with an id for each rule: an unchanged rule keeps its own, so that its hits stay with it."""
     message: pb.Policy = config.to_message(policy)
     known = catalog.policies.get(policy.name)
-    elsewhere = {r.id: name for name, p in catalog.policies.items() if name != policy.name for r in p.rules}
     given = {rule.id for rule in message.rules if rule.id}
-    for number in given & elsewhere.keys():
-        raise ConfigInvalid(
-            f"policy {policy.name}: rule id {number} belongs to policy {elsewhere[number]}", hint="leave the id out"
-        )
+    if given:  # all rules of the cluster are looked at only for ids that an operator names
+        _refuse_taken(catalog, policy.name, given)
     counters.at_least(RULE_COUNTER, max(given, default=0))
     free = [rule for rule in (known.rules if known else ()) if rule.id not in given]
     for rule in message.rules:
@@ -170,17 +167,33 @@ def _with_ids(catalog: Catalog, policy: config.Policy, counters: Counters) -> pb
             continue
         same = next((old for old in free if _same_but_id(old, rule)), None)
         if same is None:
-            rule.id = _free_id(counters, elsewhere.keys() | {r.id for r in message.rules})
+            rule.id = _free_id(counters, catalog, message)
         else:
             free.remove(same)
             rule.id = same.id
     return message
 
 
-def _free_id(counters: Counters, taken: Set[int]) -> int:
+def _refuse_taken(catalog: Catalog, policy: str, given: Set[int]) -> None:
+    elsewhere = _owners(catalog, policy)
+    for number in given & elsewhere.keys():
+        raise ConfigInvalid(
+            f"policy {policy}: rule id {number} belongs to policy {elsewhere[number]}", hint="leave the id out"
+        )
+
+
+def _owners(catalog: Catalog, policy: str) -> dict[int, str]:
+    """Rule id -> its policy, of all other policies."""
+    return {rule.id: name for name, other in catalog.policies.items() if name != policy for rule in other.rules}
+
+
+def _free_id(counters: Counters, catalog: Catalog, policy: pb.Policy) -> int:
     """The next one; when somebody has named the highest, so that there is no next, the lowest that is free."""
     number = counters.next(RULE_COUNTER)
-    return number if number <= RULE_ID_MAX else next(n for n in count(1) if n not in taken)
+    if number <= RULE_ID_MAX:
+        return number
+    taken = _owners(catalog, policy.name).keys() | {rule.id for rule in policy.rules}
+    return next(n for n in count(1) if n not in taken)
 
 
 def _same_but_id(old: pb.Rule, new: pb.Rule) -> bool:
@@ -245,7 +258,7 @@ def outcome(catalog: Catalog, planned: Planned) -> Catalog:
 
 def _check(after: Catalog, planned: Planned) -> None:
     _check_networks(after)
-    for policy in after.policies.values():
+    for policy in (after.policies[write.name] for write in planned.writes if write.sort == "policy"):
         for name in sorted(sets_of(policy) - after.sets.keys()):
             raise ConfigInvalid(f"policy {policy.name}: there is no address set {name}")
     owners: dict[str, str] = {}

@@ -220,3 +220,30 @@ def test_a_policys_timeouts_are_its_ports_unless_they_say_otherwise(store: Store
 def test_a_policys_timeout_that_is_none_is_refused(store: Store) -> None:
     with pytest.raises(ConfigInvalid, match="eternity"):
         plan(store, pb.Config(policies=[pb.Policy(name="p", timeouts_ms={"eternity": 1})]))
+
+
+class Closed:
+    """A policy whose rules nobody may read."""
+
+    name = "closed"
+
+    @property
+    def rules(self) -> list[pb.Rule]:
+        raise AssertionError("all rules of the cluster are read for a change of one policy")
+
+
+def test_a_change_of_a_policy_reads_no_other_ones_rules(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster may have a hundred thousand rules."""
+    apply(store, configuration())
+    monkeypatch.setitem(store.catalog.objects["policy"], "closed", Closed())
+    rule = pb.Rule(direction="to", protocol="udp", ports=["53"], action="allow", priority=1)
+    changed = pb.Config(policies=[pb.Policy(name=name, rules=[rule]) for name in ("web", "new")])
+    entries = store.commit(Batch(plan(store, changed).writes))
+    assert [touched.vm for touched in store.catalog.ports_touched(entries)] == [VM]
+    named = pb.Config(
+        policies=[
+            pb.Policy(name="new", rules=[pb.Rule(id=1, direction="to", protocol="udp", action="allow", priority=1)])
+        ]
+    )
+    with pytest.raises(AssertionError, match="all rules"):  # an id that somebody names may be another's
+        plan(store, named)
