@@ -85,6 +85,29 @@ int ct_settle(struct ct_batch *context)
 	return batch_run(context, settle_one, 1);
 }
 
+static long fill_one(__u32 index, struct batch *batch)
+{
+	struct exchange *element = exchange_at(index);
+	long error;
+
+	if (!element)
+		return 1;
+	error = bpf_map_update_elem(batch->table, &element->key, &element->entry, BPF_NOEXIST);
+	element->found = error == -EEXIST ? FILL_THERE : error ? FILL_REFUSED : FILL_MADE;
+	batch->found += error == 0;
+	return 0;
+}
+
+/*
+ * struct ct_batch. Makes an entry of each of the first `count` elements of `exchange` whose key has none: what packets
+ * have made here meanwhile is newer and stays, whenever it came. `found` of each is an enum fill. The port is ACTIVE.
+ */
+SEC("syscall")
+int ct_fill(struct ct_batch *context)
+{
+	return batch_run(context, fill_one, 1);
+}
+
 /*
  * struct ct_sweep. Expiry in two passes. A live entry whose last packet (or the port's floor, if later) is older than
  * its timeout becomes DYING: absent to packets, which may revive it. What an earlier sweep marked is deleted, unless a

@@ -18,6 +18,7 @@ def checked_columns(kind: Kind, table: Table) -> Columns:
     A delete has key columns only. An account has key columns and what else came. Raises LoadRejected naming the column.
     """
     given = table.columns
+    _check_op(kind, table.op)
     if given is None:
         raise _rejected(kind, "columns belong in the table")
     shapes = {array.shape for array in given.values()}
@@ -32,7 +33,7 @@ def checked_columns(kind: Kind, table: Table) -> Columns:
             if not column.admits(given[name]):
                 raise _rejected(kind, f"column {name} holds a value that it cannot have")
             columns[name] = given[name]
-        elif name in kind.key or table.op is Op.LOAD:
+        elif name in kind.key or table.op.whole:
             if column.default is None:
                 raise _rejected(kind, f"column {name} is missing")
             columns[name] = np.full(count, column.default, dtype=column.dtype)
@@ -44,16 +45,22 @@ def checked_records(kind: Kind, table: Table) -> list[Record]:
 
     Raises LoadRejected naming the record and the field.
     """
+    _check_op(kind, table.op)
     if table.records is None:
         raise _rejected(kind, "records belong in the table")
     return [_checked_record(kind, table.op, record, f"record {i}") for i, record in enumerate(table.records)]
 
 
+def _check_op(kind: Kind, op: Op) -> None:
+    if op is Op.FILL and not kind.late:
+        raise _rejected(kind, "records of this kind are not brought afterwards")
+
+
 def _checked_record(kind: Kind, op: Op, record: Record, where: str) -> Record:
     full = {name: value for name, value in record.items() if name in kind.fields}
-    if op is Op.LOAD:
+    if op.whole:
         full.update({name: deepcopy(value) for name, value in kind.defaults.items() if name not in full})
-    needed = set(kind.key) if op is not Op.LOAD else set(kind.fields) - {*kind.accounting, *kind.live}
+    needed = set(kind.key) if not op.whole else set(kind.fields) - {*kind.accounting, *kind.live}
     for name in sorted(needed - set(full)):
         raise _rejected(kind, f"{where} lacks {name}")
     for name, value in full.items():

@@ -46,6 +46,7 @@ CONNTRACK = Kind(
     name="conntrack",
     version=1,
     nature=Nature.LIVE | Nature.ACCOUNTING,
+    late=True,
     key=("laddr", "raddr", "lport", "rport", "proto", "type", "from"),
     columns={
         "laddr": Column("V16"),  # the guest's address, network order, IPv4 v4-mapped

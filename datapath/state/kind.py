@@ -39,6 +39,12 @@ class Op(enum.StrEnum):
     LOAD = "load"  # make these records so, whatever was there under their key
     DELETE = "delete"  # these keys are gone (key columns only)
     ACCOUNT = "account"  # assign what the source counted (key and accounting columns)
+    FILL = "fill"  # make these records so where there is none under their key: what is there is newer and stays
+
+    @property
+    def whole(self) -> bool:
+        """Its records have all their fields, not keys and counts alone."""
+        return self in (Op.LOAD, Op.FILL)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,8 @@ class Kind:
     is missing, it stays as it is. `choices` has what a field may hold, where that is a list. `document` is what an
     operator writes for the kind at a port; None: it is not declared so. `announced` is the field with an address that
     the network looks for at the port: where the VM opens it is announced as the port's own are. `part_of` names the
-    kind without which a port has nothing of this one. `claim` has what no two ports may declare.
+    kind without which a port has nothing of this one. `claim` has what no two ports may declare. `late`: a guest that
+    had to begin without gets its records afterwards, by tables to fill.
     """
 
     name: str
@@ -119,6 +126,7 @@ class Kind:
     announced: str = ""
     part_of: str = ""
     claim: Claim | None = None
+    late: bool = False
 
     def bare(self, record: Record) -> Record:
         """The record as it is configured: without what is counted and what the switch changes."""

@@ -7,12 +7,12 @@ since. Nothing here loops over records.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from datapath.errors import NotReady
 from datapath.provider import Driver, PortRef
 from datapath.registry import KINDS
-from datapath.state.kind import Nature, Table
+from datapath.state.kind import Nature, Op, Table
 from datapath.state.port import PORT
 from migrator.snapshot import Tally, encode_table
 
@@ -127,6 +127,13 @@ class Copier:
         self.round += 1
         self._tally = Tally()
         return total
+
+    def late(self) -> Iterator[list[bytes]]:
+        """Sections of what a guest that runs elsewhere by now had to begin without; it keeps what it has."""
+        for ref in self._refs:
+            for kind in self._kinds:
+                for table in self._driver.dump(ref, kind) if KINDS[kind].late else ():
+                    yield list(encode_table(replace(table, op=Op.FILL), ref.mac, self.round))
 
     def settle(self) -> Iterator[list[bytes]]:
         """Sections of accounting."""

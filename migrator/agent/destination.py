@@ -172,7 +172,11 @@ class DestinationEnd(End):
     def _load(self, sealed: bytes) -> None:
         section = decode_section(sealed)
         settled = self.state.phase in {Phase.OPEN, Phase.SETTLED}
-        if section.op is not Op.ACCOUNT and self.state.phase not in {Phase.LOADING, Phase.WAITING}:
+        if section.op is Op.FILL and not (settled and self.state.degraded):
+            raise Corrupt("tables that nobody waits for")
+        if section.op is Op.FILL and self.state.phase is not Phase.OPEN:
+            return
+        if section.op in (Op.LOAD, Op.DELETE) and self.state.phase not in {Phase.LOADING, Phase.WAITING}:
             return  # too late: the ports have opened with what there was
         if section.op is Op.ACCOUNT and not settled:
             raise Corrupt("accounting before the switchover")
@@ -296,7 +300,11 @@ class DestinationEnd(End):
     def _opened(self) -> pb.Opened:
         opened_ms = self.report.times_ms.get("open", 0.0)
         return pb.Opened(
-            epoch=self.report.epoch, degraded=self.state.degraded, opened_ms=opened_ms, revision=self.report.revision
+            epoch=self.report.epoch,
+            degraded=self.state.degraded,
+            opened_ms=opened_ms,
+            revision=self.report.revision,
+            takes_late=self.state.degraded and self.state.phase is not Phase.SETTLED,
         )
 
     async def _open_broadcast(self, _: words.OpenBroadcast) -> None:

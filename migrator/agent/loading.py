@@ -54,7 +54,7 @@ class Arrival:
             self._again[ref]()
         self._report.entries += section.count
         self.loaded += loaded.loaded
-        if section.op is Op.LOAD:
+        if section.op.whole:
             self._moved[section.kind] += loaded.loaded
         if section.op is Op.ACCOUNT:
             return  # of what has ended since the driver keeps the amounts: it has moved

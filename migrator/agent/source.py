@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -162,7 +162,7 @@ class SourceEnd(End):
             if message.opened.degraded and self.flaw is None:
                 self.tell("degraded", "the destination opened before all of the VM's state was there")
             self.report.mark("opened")
-            self.post(words.PeerOpened())
+            self.post(words.PeerOpened(lacks=message.opened.takes_late and not self.order.without_state))
         elif which == "settled":
             self.post(words.PeerSettled())
         elif which == "failed":
@@ -304,24 +304,28 @@ class SourceEnd(End):
         await self.rounds.halted()
         self.post(words.Redirected())
 
-    async def _settle(self, _: words.Settle) -> None:
-        self.beside("settle", self._send_accounts)
+    async def _settle(self, action: words.Settle) -> None:
+        self.beside("settle", lambda: self._send_accounts(late=action.late))
 
-    async def _send_accounts(self) -> None:
+    async def _send_accounts(self, *, late: bool) -> None:
         began = time.monotonic()
         try:
             passed_on = await self.call(self.ports.passed_on)
             await self._write(pb.FromSource(redirecting=pb.Empty(), passed_on=passed_on))
+            if late:
+                await self._send_sections(self.copier.late())
             if not self.order.without_state:
-                tables = self.copier.settle()
-                while (sections := await self.call(next, tables, None)) is not None:
-                    for section in sections:
-                        await self._write(pb.FromSource(section=section))
+                await self._send_sections(self.copier.settle())
             await self.until(lambda: self.report.measured, MEASURED_S)
             await self._write(pb.FromSource(settle_end=pb.Empty()))
         except PeerLost as error:
             self.post(words.PeerLost(str(error)))
         self.report.lasted("settle", began)
+
+    async def _send_sections(self, tables: Iterator[list[bytes]]) -> None:
+        while (sections := await self.call(next, tables, None)) is not None:
+            for section in sections:
+                await self._write(pb.FromSource(section=section))
 
     async def _purge(self, action: words.Purge) -> None:
         self.stop_beside("settle")

@@ -74,6 +74,7 @@ class State:
     suspended: bool = False  # we have told the hypervisor to stop the guest
     drained: bool = False  # everything has been sent since the guest stopped
     opened: bool = False  # the destination has said on this stream that its ports are open: it takes accounting
+    lacks: bool = False  # they opened without all of the state, and may have it now
 
 
 Step = tuple[State, tuple[Action, ...]]
@@ -98,7 +99,7 @@ def _probed(state: State, _: Probed) -> Step:
 
 def _ready(state: State, _: Ready) -> Step:
     if state.phase is Phase.SETTLING:
-        return replace(state, peer=True, opened=True), (Settle(),)
+        return replace(state, peer=True), ()  # it says next how its ports opened
     if state.phase is not Phase.CONNECTING:
         return state, ()
     state = replace(state, peer=True)
@@ -153,9 +154,9 @@ def _peer_committed(state: State, _: PeerCommitted) -> Step:
 
 def _peer_opened(state: State, event: Event) -> Step:
     if isinstance(event, PeerOpened) and state.peer and not state.opened:
-        state = replace(state, opened=True)
-        if state.phase is Phase.SETTLING:  # somebody else had known it before
-            return state, (Settle(),)
+        state = replace(state, opened=True, lacks=event.lacks)
+        if state.phase is Phase.SETTLING:  # somebody else had known it before, or the stream is a new one
+            return state, (Settle(late=state.lacks),)
     if state.phase in LEFT or (state.phase is Phase.ABORTED and state.guest is Guest.RUNNING):
         return state, ()
     return replace(state, phase=Phase.REDIRECTING), (Redirect(),)
@@ -167,7 +168,7 @@ def _redirected(state: State, _: Redirected) -> Step:
     settling = replace(state, phase=Phase.SETTLING)
     if not state.peer:
         return settling, (Tell("redirecting"), Connect())
-    return settling, (Tell("redirecting"), *((Settle(),) if state.opened else ()))
+    return settling, (Tell("redirecting"), *((Settle(late=state.lacks),) if state.opened else ()))
 
 
 def _peer_settled(state: State, _: PeerSettled) -> Step:

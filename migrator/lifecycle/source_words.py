@@ -82,7 +82,10 @@ class PeerCommitted(Event):
 
 @dataclass(frozen=True)
 class PeerOpened(Event):
-    """The guest runs at the destination and its ports are open."""
+    """The guest runs at the destination and its ports are open. `lacks`: without all of its state, and it takes what
+    is missing afterwards."""
+
+    lacks: bool = False
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,12 @@ class Redirect(Action):
 
 @dataclass(frozen=True)
 class Settle(Action):
-    """Say that broadcast no longer comes this way, send the accounting and its end. PeerSettled follows."""
+    """Say that broadcast no longer comes this way, send the accounting and its end. PeerSettled follows.
+
+    `late`: what the destination had to open without goes before; it adds what it does not have.
+    """
+
+    late: bool = False
 
 
 @dataclass(frozen=True)

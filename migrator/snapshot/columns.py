@@ -30,7 +30,7 @@ def columns_of(kind: Kind, op: Op) -> dict[str, Column]:
 
 def required_of(kind: Kind, op: Op) -> set[str]:
     """Columns that a table of `op` must have."""
-    names = set(kind.columns) if op is Op.LOAD else set(kind.key)
+    names = set(kind.columns) if op.whole else set(kind.key)
     return {name for name in names if kind.columns[name].default is None}
 
 
@@ -102,7 +102,7 @@ def _fill(kind: Kind, op: Op, columns: Columns, count: int) -> None:
     missing = required_of(kind, op) - set(columns)
     if missing:
         raise Corrupt("the column is missing", field=min(missing))
-    for name in kind.columns if op is Op.LOAD else kind.key:
+    for name in kind.columns if op.whole else kind.key:
         if name not in columns:
             columns[name] = _default(kind.columns[name], count)
 

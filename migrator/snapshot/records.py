@@ -56,14 +56,14 @@ def _decoded(kind: Kind, op: Op, record: object) -> Record:
     if not isinstance(record, dict):
         raise Corrupt(f"a record of kind {kind.name} has to be a map")
     known = {name: value for name, value in record.items() if name in kind.fields}
-    if op is Op.LOAD:
+    if op.whole:
         known.update({name: deepcopy(value) for name, value in kind.defaults.items() if name not in known})
     return _checked(kind, op, known, Corrupt)
 
 
 def _checked(kind: Kind, op: Op, record: Mapping[str, Any], error: type[SnapshotError]) -> Record:
     """`record` as it is, with every field of a type that the kind allows and none missing that `op` needs."""
-    needed = kind.fields.keys() - set(kind.accounting) - set(kind.defaults) if op is Op.LOAD else kind.key
+    needed = kind.fields.keys() - set(kind.accounting) - set(kind.defaults) if op.whole else kind.key
     for name in sorted(needed):
         if name not in record:
             raise error(f"a record of kind {kind.name} lacks it", field=name)

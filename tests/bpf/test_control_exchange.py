@@ -61,7 +61,7 @@ def test_read_in_every_state(ports: Ports, exchange: Any) -> None:
         assert call(port, "ct_read", 1) == (0, 1)
 
 
-@pytest.mark.parametrize("program", ["ct_read", "ct_settle", "ct_end"])
+@pytest.mark.parametrize("program", ["ct_read", "ct_settle", "ct_fill", "ct_end"])
 def test_refusals(ports: Ports, program: str) -> None:
     port = ports(BOTH)
     assert call(port, program, MODEL.EXCHANGE_LENGTH + 1)[0] == -errno.EINVAL
@@ -85,6 +85,22 @@ def test_settle_assigns(ports: Ports, exchange: Any) -> None:
         assert [*entry.packets, *entry.bytes] == [1, 2, 3, 4]
         assert (entry.seen, exchange[0].found) == (expected, 1)
     assert port.drain() == set()
+
+
+def test_fill_makes_only_what_is_not_there(ports: Ports, exchange: Any) -> None:
+    """Neither what packets have made here meanwhile is replaced, nor what is about to go."""
+    port = ports(BOTH, limit=4)
+    newer, dying, *missing = (port.key(TCP, lport) for lport in range(1, 6))
+    port.put(newer, MODEL.CT_SYN_SENT, id=0x9)
+    port.put(dying, MODEL.CT_ESTABLISHED, MODEL.CT_F_DYING, id=0x10)
+    before = [bytes(port.entry(key)) for key in (newer, dying)]
+    for index, key in enumerate((newer, dying, *missing)):
+        place(exchange[index], key, id=0x20 + index, word=(0x20 + index) << 32 | MODEL.CT_ESTABLISHED)
+    assert call(port, "ct_fill", 5) == (0, 2)
+    found = [exchange[index].found for index in range(5)]
+    assert found == [MODEL.FILL_THERE, MODEL.FILL_THERE, MODEL.FILL_MADE, MODEL.FILL_MADE, MODEL.FILL_REFUSED]
+    assert [bytes(port.entry(key)) for key in (newer, dying)] == before
+    assert [port.entry(key).id for key in missing[:2]] == [0x22, 0x23]
 
 
 def test_settle_knows_connections_by_their_id(ports: Ports, exchange: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,34 @@ def test_what_does_not_fit_is_counted_by_reason(host: Host) -> None:
     assert len(dumped(host.driver, made, "conntrack")) == loaded.loaded
 
 
+@pytest.mark.parametrize("opened", [False, True], ids=["staged", "open"])
+def test_what_comes_late_replaces_nothing(host: Host, opened: bool) -> None:
+    """A guest that had to begin without its connections: those that it has begun since are newer."""
+    made = host.stage()
+    newer, whole = part(sample("conntrack", 300), 0, 40), sample("conntrack", 300)
+    own = Table("conntrack", columns={**(newer.columns or {}), "id": np.arange(1, 41, dtype="<u8")}, port_time_ns=1)
+    if opened:
+        host.driver.commit(made)
+        host.driver.open(made)
+    host.driver.load(made, own)
+    late = replace(whole, op=Op.FILL)
+    loaded = [host.driver.load(made, late) for _ in range(2)]
+    assert [(one.loaded, list(one.rejected)) for one in loaded] == [(260, []), (0, [])]
+    there = dumped(host.driver, made, "conntrack")
+    expected = {**normal([whole]), **normal([own])}
+    assert {key: value for key, value in there.items() if key in normal([own])} == normal([own])
+    assert there.keys() == expected.keys()
+
+
+def test_what_comes_late_and_does_not_fit_is_counted(host: Host) -> None:
+    made = host.stage(connections_max=1_000)
+    host.driver.commit(made)
+    host.driver.open(made)
+    loaded = host.driver.load(made, replace(sample("conntrack", 1_500), op=Op.FILL))
+    assert loaded.loaded + sum(count for _, count in loaded.rejected) == 1_500
+    assert loaded.rejected and len(dumped(host.driver, made, "conntrack")) == loaded.loaded
+
+
 def _changed(kind: str, **columns: Any) -> Table:
     good = sample(kind, 10)
     return Table(kind, columns={**(good.columns or {}), **columns}, port_time_ns=good.port_time_ns)
@@ -147,6 +176,8 @@ MALFORMED: dict[str, Callable[[], Table]] = {
     "conntrack: no such state": lambda: _changed("conntrack", state=np.full(10, 77, "u1")),
     "conntrack: records": lambda: Table("conntrack", records=[{"id": 1}]),
     "conntrack: delete without a key": lambda: Table("conntrack", Op.DELETE, columns={"lport": np.ones(3, "<u2")}),
+    "fdb: to fill": lambda: replace(sample("fdb", 10), op=Op.FILL),
+    "acl: to fill": lambda: replace(sample("acl", 10), op=Op.FILL),
     "fdb: a short column": lambda: _changed("fdb", vlan=np.ones(9, "<u2")),
     "fdb: no key": lambda: _without("fdb", "mac"),
     "acl: columns": lambda: Table("acl", columns={"id": np.ones(3, "<u4")}),

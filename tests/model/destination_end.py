@@ -59,9 +59,11 @@ def carry_out(m: Model, w: World, mv: Move) -> None:
 def _send(m: Model, mv: Move, message: str) -> None:
     if "stream" not in mv.busy_b or mv.back is None or "eof" in mv.back:
         return
-    mv.back = (*mv.back, message)
+    lacks = m.b.states[mv.b].degraded and m.b.phases[mv.b] != "settled"
+    opened = "opened lacks" if lacks else "opened"
+    mv.back = (*mv.back, opened if message == "opened" else message)
     if message == "ready" and m.b.phases[mv.b] in {"open", "settled"}:
-        mv.back = (*mv.back, "opened")
+        mv.back = (*mv.back, opened)
 
 
 def _stage(m: Model, w: World, mv: Move, _: str) -> None:
@@ -111,6 +113,19 @@ def waited(m: Model, w: World, mv: Move) -> None:
     mv.busy_b -= {"source-first"}
     if m.b.phases[mv.b] in {"open", "settled"}:
         switch.source_done(w, mv.new)
+
+
+def filled(m: Model, mv: Move) -> None:
+    """What the ports had to open without is here: what the guest has made since stays, and other states take none."""
+    if not m.b.states[mv.b].degraded or m.b.phases[mv.b] not in {"open", "settled"}:
+        raise Violation("tables come late to a destination that has opened with all of them")
+    mv.filled |= m.b.phases[mv.b] == "open"
+
+
+def has_all(m: Model, mv: Move) -> None:
+    """The source settles: there is no other moment at which it could give what was missing."""
+    if m.b.states[mv.b].degraded and m.b.phases[mv.b] == "open" and not mv.filled:
+        raise Violation("the guest goes on without its state, and the source that had it settles")
 
 
 def _close_accounts(m: Model, w: World, mv: Move, _: str) -> None:

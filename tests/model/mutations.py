@@ -50,6 +50,10 @@ def _never_asks(state: a.State, event: Event) -> Any:
     return after, tuple(action for action in actions if not isinstance(action, aw.Ask))
 
 
+def _keeps_what_was_missing(state: a.State, event: Event) -> Any:
+    return a.step(state, replace(event, lacks=False) if isinstance(event, aw.PeerOpened) else event)
+
+
 def _purges_at_the_commit(state: a.State, event: Event) -> Any:
     after, actions = a.step(state, event)
     return after, (*actions, aw.Purge(keep_redirect=True)) if isinstance(event, aw.PeerCommitted) else actions
@@ -148,6 +152,12 @@ MUTATIONS = (
         "it does not look at its switch",
         Budget(crashes=1, dies="B", hypervisor=False),
         destination=_forgets_its_commit,
+    ),
+    Mutation(
+        "a_guest_that_had_to_begin_without_its_state",
+        "the source keeps what was missing",
+        Budget(self_stops=1),
+        source=_keeps_what_was_missing,
     ),
     Mutation("doubt_ends", "the source does not ask", Budget(cuts=1, hypervisor=False), source=_never_asks),
     Mutation(

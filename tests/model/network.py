@@ -178,8 +178,13 @@ def _forth(m: Model, w: World, mv: Move) -> None:
             destination_end.post(m, w, mv, bw.PeerLost())
     elif "stream" in mv.busy_b:
         if message == "final" and m.b.phases[mv.b] in destination_end.OPEN:
-            return
+            return None
+        if message == "late":
+            return destination_end.filled(m, mv)
+        if message == "settle-end":
+            destination_end.has_all(m, mv)
         destination_end.post(m, w, mv, _FORTH[message])
+    return None
 
 
 _FORTH = {
@@ -215,6 +220,7 @@ _BACK = {
     "ready": aw.Ready(),
     "committed": aw.PeerCommitted(),
     "opened": aw.PeerOpened(),
+    "opened lacks": aw.PeerOpened(lacks=True),
     "settled": aw.PeerSettled(),
     "failed": aw.PeerFailed(""),
     "eof": aw.PeerLost(),

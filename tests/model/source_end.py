@@ -30,6 +30,7 @@ BESIDE = {
     "Cancel": "cancel",
     "Cancel certain": "cancel-certain",
     "Settle": "settle",
+    "Settle late": "settle-late",
 }
 """Actions that only begin something."""
 STEPS = frozenset({"probe", "connect", "watch", "hold", "idle", "ask", "asked", "drain", "drain-follow", "final"})
@@ -132,7 +133,7 @@ def _redirect(m: Model, w: World, mv: Move, _: str) -> None:
 
 
 def _purge(m: Model, w: World, mv: Move, what: str) -> None:
-    mv.busy_a -= {"settle"}
+    mv.busy_a -= {"settle", "settle-late"}
     moved_on = any(later.old == mv.new for later in w.moves)
     opens = m.b.phases[mv.b] in OPEN if mv.b >= 0 else mv.b == OPENED
     if w.guest != "x" and not moved_on and not opens and w.ports[mv.new][0] in "NSC":
@@ -281,9 +282,9 @@ def _final(m: Model, w: World, mv: Move) -> None:
         post(m, w, mv, aw.Failed(""))
 
 
-def _settle(m: Model, w: World, mv: Move) -> None:
-    _done(mv, "settle")
-    if not write(mv, "redirecting", "settle-end"):
+def _settle(m: Model, w: World, mv: Move, *, late: bool = False) -> None:
+    _done(mv, "settle-late" if late else "settle")
+    if not write(mv, "redirecting", *(("late",) if late else ()), "settle-end"):
         post(m, w, mv, aw.PeerLost())
 
 
@@ -332,6 +333,7 @@ _TASKS: dict[str, Callable[[Model, World, Move], None]] = {
     "drain-follow": lambda m, w, mv: _drain(m, w, mv, follow=True),
     "final": _final,
     "settle": _settle,
+    "settle-late": lambda m, w, mv: _settle(m, w, mv, late=True),
     "cancel": _cancelled,
     "cancel-certain": lambda m, w, mv: _cancelled(m, w, mv, certain=True),
 }

@@ -126,6 +126,7 @@ class Move:
     flaws: str = ""  # ends that have said "degraded"
     disk_a: int = NOBODY  # what the source's store has, when that is not `a`
     finished: int = 0
+    filled: bool = False  # the destination had to open without all of the state, and has it now
 
     @property
     def dst(self) -> int:

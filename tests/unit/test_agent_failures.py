@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from datapath.drivers.dummy import DummyDriver
@@ -15,7 +18,7 @@ from datapath.state.kind import Table
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.ends import Ends
 from migrator.agent.stream import PeerStream
-from tests.unit.pair import MACS, VM, World, eventually, world
+from tests.unit.pair import MACS, VM, World, connections, eventually, world
 
 
 def phase(ends: Ends) -> str:
@@ -139,6 +142,59 @@ def test_the_guest_arrives_while_its_source_is_away(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@asynccontextmanager
+async def stuck_at_the_first_section(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[asyncio.Event]:
+    """A source that has not sent a section yet stands until the end."""
+    send, stuck = PeerStream.send, asyncio.Event()
+
+    async def nothing(stream: PeerStream, message: pb.FromSource) -> None:
+        if message.HasField("section"):
+            stuck.set()
+            await asyncio.Event().wait()
+        await send(stream, message)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PeerStream, "send", nothing)
+        yield stuck
+
+
+def test_rule_a_guest_that_had_to_begin_without_its_state_gets_it_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stopped by itself, and its source's agent was dead before the first copy. What it began since is its own."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b", last_changes_s=0.2) as w:
+            w.fill("a", 50)
+            before = w.connections("a")
+            async with stuck_at_the_first_section(monkeypatch) as stuck:
+                migration = await w.migrate("b")
+                await stuck.wait()
+            await w.stop("a")
+            w.hypervisor.place, w.hypervisor.running, w.hypervisor.moving = "b", False, ""
+            w.hypervisor.resume("b", "migrated")
+            await eventually(lambda: owners(w) == ["b"])
+            assert not any(w.connections("b").values())
+            own = {**connections(5), "id": np.arange(1000, 1005, dtype="<u8")}
+            for ref in w.active("b"):
+                w.driver("b").load(ref, Table("conntrack", columns=own))
+            await w.start("a")
+            report = await w.finish(migration, 20.0)
+            assert report.outcome == "degraded", report
+            assert w.connections("b") == before
+            assert identities(w, "b") == {ref.mac: {*range(1000, 1005), *range(6, 51)} for ref in w.active("b")}
+            await w.quiet()
+            assert not w.statuses("a")
+
+    asyncio.run(scenario())
+
+
+def identities(w: World, host: str) -> dict[str, set[int]]:
+    """Ids of connections by MAC."""
+    tables = {ref.mac: list(w.driver(host).dump(ref, "conntrack")) for ref in w.active(host)}
+    return {mac: {int(one) for table in found for one in (table.columns or {})["id"]} for mac, found in tables.items()}
+
+
 def test_ports_whose_rules_were_still_to_come_have_them_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,19 +202,10 @@ def test_ports_whose_rules_were_still_to_come_have_them_all_the_same(
 
     async def scenario() -> None:
         async with world(tmp_path, "a", "b", last_changes_s=0.2) as w:
-            send, stuck = PeerStream.send, asyncio.Event()
-
-            async def nothing(stream: PeerStream, message: pb.FromSource) -> None:
-                if message.HasField("section"):
-                    stuck.set()
-                    await asyncio.Event().wait()
-                await send(stream, message)
-
-            monkeypatch.setattr(PeerStream, "send", nothing)
             before = rules(w, "a")
-            migration = await w.migrate("b")
-            await stuck.wait()
-            monkeypatch.undo()
+            async with stuck_at_the_first_section(monkeypatch) as stuck:
+                migration = await w.migrate("b")
+                await stuck.wait()
             await w.stop("a")
             w.hypervisor.place, w.hypervisor.running, w.hypervisor.moving = "b", False, ""
             w.hypervisor.resume("b", "migrated")

@@ -69,6 +69,7 @@ CASES = {
     "rounds backwards": [round_end([], number) for number in (7, 3, 0)],
     "a wrong final": [*SECTIONS, say(final=pb.Final(round=MOST32, records=MOST, digest=MOST))],
     "accounting before the switchover": [say(section=one) for one in sealed(entries(3, Op.ACCOUNT))],
+    "tables that nobody waits for": [say(section=one) for one in sealed(entries(3, Op.FILL))],
     "deletes of what is not here": [say(section=one) for one in sealed(entries(50, Op.DELETE))],
     "settled before the commit": [say(settle_end=EMPTY), say(settle_end=EMPTY)],
     "redirecting before the commit": [say(redirecting=EMPTY, passed_on={MACS[0]: MOST, "zz": MOST, "": 0})],

@@ -53,6 +53,7 @@ union abi {
 	enum ct_state ct_state;
 	enum ct_flag ct_flag;
 	enum ct_type ct_type;
+	enum fill fill;
 	enum acl_direction acl_direction;
 	enum acl_action acl_action;
 	enum qos_flag qos_flag;

@@ -273,7 +273,7 @@ struct {
 	PINNED;
 } events SEC(".maps");
 
-/* Keys in, entries out for ct_read; records in for ct_settle. One user at a time: the agent locks. */
+/* Keys in, entries out for ct_read; records in for ct_settle and ct_fill. One user at a time: the agent locks. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, EXCHANGE_LENGTH);

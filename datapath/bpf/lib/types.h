@@ -670,7 +670,10 @@ struct exchange { /* element of `exchange`: many entries by their keys in one ca
 	struct ct_entry entry;
 };
 
-struct ct_batch { /* ct_read, ct_settle: the first `count` elements of `exchange` */
+/* What ct_fill says of an element, in `found`; refused: the table is full. */
+enum fill { FILL_REFUSED, FILL_MADE, FILL_THERE };
+
+struct ct_batch { /* ct_read, ct_settle, ct_fill: the first `count` elements of `exchange` */
 	__u32 slot;
 	__u32 count;
 	__u32 found; /* out */

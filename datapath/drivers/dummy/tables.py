@@ -85,6 +85,10 @@ class ColumnTable(KindTable):
         if table.op is Op.ACCOUNT:
             self._account(keys, _packed(columns, self._counted), _packed(columns, self._identity))
             return Loaded(len(keys))
+        if table.op is Op.FILL:
+            absent = np.array([key not in self._rows for key in keys], bool)
+            columns = {name: array[absent] for name, array in columns.items()}
+            return self._load(list(compress(keys, absent)), columns, self.port_time())
         return self._load(keys, columns, table.port_time_ns)
 
     def _load(self, keys: list[bytes], columns: Columns, port_time_ns: int) -> Loaded:

@@ -53,7 +53,7 @@ class Connections:
         return Table(CONNTRACK.name, op, columns=columns, port_time_ns=portable)
 
     def load(self, instance: Instance, table: Table) -> Loaded:
-        """LOAD and DELETE. Raises LoadRejected before the table is touched."""
+        """LOAD, FILL and DELETE. Raises LoadRejected before the table is touched."""
         columns = checked_columns(CONNTRACK, table)
         keys = conntrack.keys(columns)
         if table.op is Op.DELETE:
@@ -61,6 +61,9 @@ class Connections:
             instance.table.delete_many(keys)
             return Loaded(len(keys))
         conntrack.check_values(columns)
+        if table.op is Op.FILL:
+            clock = self._load_clock(instance, table)
+            return self._fill(instance, keys, conntrack.entries(columns, clock))
         self._end(instance, keys, columns["id"])
         clock = self._load_clock(instance, table)
         done = instance.table.load(keys, conntrack.entries(columns, clock))
@@ -80,6 +83,26 @@ class Connections:
             with self._kernel.exchange_lock:
                 self._kernel.exchange.view["key"][: len(chunk)] = chunk
                 self._kernel.run("ct_end", self._kernel.context("ct_batch", slot=instance.slot, count=len(chunk)))
+
+    def _fill(self, instance: Instance, keys: Keys, entries: Entries) -> Loaded:
+        """Those that are not there. While packets pass the kernel decides, one by one."""
+        if not self._words.running(instance.slot):
+            parts = [self._read(instance.slot, keys[at : at + self._room])[0] for at in range(0, len(keys), self._room)]
+            new = ~np.concatenate([np.zeros(0, bool), *parts])
+            done = instance.table.load(keys[new], entries[new])
+            return Loaded(done.done, _reasons(done))
+        made = refused = 0
+        for at in range(0, len(keys), self._room):
+            part = slice(at, at + self._room)
+            count = len(keys[part])
+            with self._kernel.exchange_lock:
+                view = self._kernel.exchange.view
+                view["key"][:count], view["entry"][:count] = keys[part], entries[part]
+                self._kernel.run("ct_fill", self._kernel.context("ct_batch", slot=instance.slot, count=count))
+                became = view["found"][:count].copy()
+            made += int((became == C.FILL_MADE).sum())
+            refused += int((became == C.FILL_REFUSED).sum())
+        return Loaded(made, ((FULL, refused),) if refused else ())
 
     def _load_clock(self, instance: Instance, table: Table) -> int:
         """Clock that the table's ages count back from: its own for a port that stands, now for one that runs."""
