@@ -161,7 +161,7 @@ def make_tunnel(name: str, port: int = TUNNEL_PORT, mtu: int = TUNNEL_MTU) -> Li
         _add_tunnel(name, port)
     quiet(name)
     with IPRoute() as route, kernel_errors(f"set up device {name}"):
-        made = route.get_links(ifname=name)[0]
+        made = route.link("get", ifname=name)[0]  # get_links would ask for all devices
         data = made.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA")
         kind = made.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND")
         if kind != "vxlan" or not data.get_attr("IFLA_VXLAN_COLLECT_METADATA"):

@@ -35,10 +35,9 @@ class Holds:
 
     def take_over(self, slot: int) -> tuple[HoldTap, HoldTap]:
         """Taps of an earlier run. Frames that waited are lost unless a keeper had them, and then count no more."""
-        kept = set(self._keeper.kept()) if self._keeper is not None else set()
         taps = self.make(slot)
         for tap, held in zip(taps, ("held_to", "held_from"), strict=True):
-            if tap.name not in kept:
+            if not tap.kept:
                 self._forget_held(slot, tap, held)
         return taps
 

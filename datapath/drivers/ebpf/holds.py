@@ -23,6 +23,7 @@ from datapath.drivers.ebpf.maps import Handle
 from datapath.errors import KernelError
 
 QUEUE_LENGTH = 16384  # frames; the tap takes one less
+MTU = 65521
 PUMP_MOST_S = 60.0
 _LOOK_AGAIN_MS = 1
 _LATER = frozenset({errno.EAGAIN, errno.EIO, errno.ENOBUFS, errno.ENOMEM})  # EIO: the device is down
@@ -52,6 +53,8 @@ class HoldTap(Handle):
         self._refused: bytes | None = None  # read, and not taken by the device yet
         self._keeper = keeper
         kept = keeper.take(name) if keeper else None
+        self.kept = kept is not None
+        """It was the keeper's: what waits in it has outlived the agent before."""
         self.fd = tun.open_tap(name, persist=True) if kept is None else kept
         self.ifindex = self._set_up()
         if keeper and kept is None:
@@ -59,12 +62,14 @@ class HoldTap(Handle):
 
     def _set_up(self) -> int:
         devices.quiet(self.name)  # before it is up: the kernel shall send nothing of its own
-        with IPRoute() as route, devices.kernel_errors(f"set up hold tap {self.name}"):
-            route.link("set", ifname=self.name, txqlen=QUEUE_LENGTH, mtu=65521, state="up")
-        made = devices.link(self.name)
-        if made is None:
+        there = devices.link(self.name)
+        if there is None or (there.up, there.mtu, there.queue) != (True, MTU, QUEUE_LENGTH):
+            with IPRoute() as route, devices.kernel_errors(f"set up hold tap {self.name}"):
+                route.link("set", ifname=self.name, txqlen=QUEUE_LENGTH, mtu=MTU, state="up")
+            there = devices.link(self.name)
+        if there is None:
             raise KernelError(f"hold tap {self.name}", errno.ENODEV)
-        return made.ifindex
+        return there.ifindex
 
     def pump(self, remaining: Callable[[], int], seconds: float = 5.0, most_s: float = PUMP_MOST_S) -> Pump:
         """Give back every frame, in order, also those that join meanwhile, until `remaining()` says 0.
