@@ -117,6 +117,8 @@ def waited(m: Model, w: World, mv: Move) -> None:
 
 def filled(m: Model, mv: Move) -> None:
     """What the ports had to open without is here: what the guest has made since stays, and other states take none."""
+    if mv.b == OPENED:  # it has settled and forgotten it: nothing of this stream matters any more
+        return
     if not m.b.states[mv.b].degraded or m.b.phases[mv.b] not in {"open", "settled"}:
         raise Violation("tables come late to a destination that has opened with all of them")
     mv.filled |= m.b.phases[mv.b] == "open"
@@ -124,7 +126,7 @@ def filled(m: Model, mv: Move) -> None:
 
 def has_all(m: Model, mv: Move) -> None:
     """The source settles: there is no other moment at which it could give what was missing."""
-    if m.b.states[mv.b].degraded and m.b.phases[mv.b] == "open" and not mv.filled:
+    if mv.b >= 0 and m.b.states[mv.b].degraded and m.b.phases[mv.b] == "open" and not mv.filled:
         raise Violation("the guest goes on without its state, and the source that had it settles")
 
 
