@@ -7,6 +7,8 @@ Every figure has the kernel's own share in it: what a program that does nothing 
 from __future__ import annotations
 
 import ctypes
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.figures import Figures
@@ -21,6 +23,8 @@ from tests.contract.hosts import Host, ebpf_host
 GUEST, PEER = "10.0.0.5", "10.0.0.6"
 MACS = ("02:00:00:00:00:01", "02:00:00:00:00:02")
 TC_ACT_OK, TC_ACT_REDIRECT = 0, 7
+_SYN, _ACK = 2, 16
+_WINDOW: Record = {"protocol": "tcp", "check": "strict"}
 
 
 def measure(*, quick: bool) -> Figures:
@@ -38,9 +42,36 @@ def measure(*, quick: bool) -> Figures:
         figures.add("established, to_port", "ns", received)
         both = [one + other for one, other in zip(sent, received, strict=True)]
         figures.add("established, from_port + to_port", "ns", both, "<300")
+        _windows(figures, host, ports[1], (out, into), rounds, repeat)
         for rules in (10, 1_000) if quick else (10, 1_000, 10_000):
             _new_connections(figures, host, ports[0], out, rules, 2_000 if quick else 20_000)
     return figures
+
+
+def _windows(figures: Figures, host: Host, ref: PortRef, programs: tuple[int, int], rounds: int, repeat: int) -> None:
+    """A segment to the second port in turn without and with kind `window`."""
+    out, into = programs
+    ifindex = host.driver.port(ref).ifindex
+    costs: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(rounds):
+        for checked in costs:
+            host.driver.load(ref, Table("window", Op.LOAD if checked else Op.DELETE, records=[_WINDOW]))
+            ports = (50_000 + 2 * number + checked, 443)
+            _run(into, _segment(MACS, (GUEST, PEER), ports, _SYN, 1, 0), ifindex, TC_ACT_OK, 1)
+            answer = _segment(MACS[::-1], (PEER, GUEST), ports[::-1], _SYN | _ACK, 1, 2)
+            _run(out, answer, ifindex, TC_ACT_REDIRECT, 1)
+            costs[checked].append(
+                _run(into, _segment(MACS, (GUEST, PEER), ports, _ACK, 2, 2), ifindex, TC_ACT_OK, repeat)
+            )
+    figures.add("established TCP, to_port", "ns", costs[False])
+    figures.add("the same, its window checked", "ns", costs[True])
+
+
+def _segment(
+    macs: Sequence[str], addresses: tuple[str, str], ports: Sequence[int], flags: int, seq: int, ack: int
+) -> bytes:
+    body = struct.pack("!HHIIBBHHH", *ports, seq, ack, 5 << 4, flags, 65_535, 0, 0) + bytes(22)
+    return frames.ethernet(macs[1], macs[0], 0x0800, frames.ipv4(*addresses, frames.TCP, body))
 
 
 def _new_connections(figures: Figures, host: Host, ref: PortRef, program: int, rules: int, count: int) -> None:
