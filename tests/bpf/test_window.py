@@ -275,6 +275,25 @@ def test_what_began_before_is_not_checked(ports: Ports) -> None:
     assert link.state == MODEL.CT_CLOSE
 
 
+def test_what_began_a_moment_before_is_not_checked(ports: Ports) -> None:
+    """The answer to a SYN that nobody looked at says nothing of its scale."""
+    link = Link(ports)
+    link.port.change(features=0)
+    assert link.send(FROM, Segment(SYN, ISN[FROM])) == MODEL.DROP_NONE
+    link.port.change(features=MODEL.FEATURE_WINDOW)
+    assert link.send(TO, Segment(SYN | ACK, ISN[TO], ISN[FROM] + 1)) == MODEL.DROP_NONE
+    assert link.send(FROM, own(FROM)) == MODEL.DROP_NONE
+    assert link.send(TO, own(TO, 1 << 30)) == MODEL.DROP_NONE
+    assert link.state == MODEL.CT_ESTABLISHED
+
+
+def test_other_protocols_have_no_windows(ports: Ports) -> None:
+    link = Link(ports)
+    assert link.port.udp(FROM) == MODEL.DROP_NONE
+    assert link.port.udp(TO) == MODEL.DROP_NONE
+    assert link.port.entry(link.port.key(frames.UDP, rport=53)).window == 0
+
+
 def test_what_is_taken_up_in_the_middle_is_not_checked(ports: Ports) -> None:
     link = Link(ports, flags=MODEL.PORT_F_LEARNING)
     assert link.send(TO, own(TO, length=10)) == MODEL.DROP_NONE

@@ -67,7 +67,7 @@ static __always_inline int window_raise(__u32 *number, __u32 to)
 /* A GSO frame is one segment as long as all that it is on the wire. */
 static __always_inline int window_read(struct __sk_buff *skb, const struct packet *pkt, struct segment *seg)
 {
-	struct tcphdr tcp;
+	struct tcphdr tcp = {}; /* written before it may be read: Linux 6.18 stumbles over one that a branch writes */
 	__u32 headers;
 
 	if (packet_load(skb, pkt->l4_offset, &tcp, sizeof(tcp)))
