@@ -19,7 +19,7 @@ from rich.console import Console
 from bench import machine
 from bench.figures import Figures, Unverified
 
-NAMES = ("tables", "programs", "switchover", "forwarding", "host", "qemu", "cluster", "watch")
+NAMES = ("tables", "among", "programs", "switchover", "forwarding", "host", "qemu", "cluster", "watch")
 RESULTS = Path(__file__).parent / "results"
 QUICK = Path(__file__).parent.parent / ".cache" / "bench"
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -130,17 +131,31 @@ def alternately(
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds that a work took: by the clock, and of this process's CPU."""
+    """Seconds that a work took, by the clock and of CPU; `peak`: bytes of memory that it needed beside what was there.
+
+    Of another process: all of its memory.
+    """
 
     wall_s: float
     cpu_s: float
+    peak: int = 0
 
 
-def timed(work: Callable[[], Result]) -> tuple[Took, Result]:
-    """How long the work took, and what it returned."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def measured(work: Callable[[], Result]) -> tuple[Took, Result]:
+    """What the work took in this process, and what it returned."""
+    _CLEAR_REFS.write_text("5")  # the peak begins anew (proc(5))
+    before, wall, cpu = _memory("VmRSS"), time.perf_counter(), time.process_time()
     result = work()
-    return Took(time.perf_counter() - wall, time.process_time() - cpu), result
+    wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+    return Took(wall_s, cpu_s, max(0, _memory("VmHWM") - before)), result
+
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def _memory(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) << 10
 
 
 def _within(value: float, budget: str) -> bool:

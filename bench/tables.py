@@ -1,74 +1,45 @@
 """Checkpoint and restore of a VM's connections, end to end: kernel map to snapshot bytes and back.
 
-Beside them, in turns, `conntrack -L -o save` and `conntrack -R` of as many connections in nf_conntrack of a namespace
-of its own: what a user would otherwise use. Each workload is counted before its time is used.
+Beside them, in turns and with the same connections in nf_conntrack of a namespace of its own, what a user would
+otherwise use: `conntrack -L` (plain, and as text that `-R` reads), `conntrack -R`, pyroute2's conntrack class, and the
+kernel's own netlink messages copied and given back, which is the bound of any program that goes this way. Each
+workload is counted before its time is used.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
-import shutil
-import socket
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from bench.figures import Figures
+from bench.figures import Figure, Figures, Took, measured, verify
+from bench.netfilter import Netfilter, nf_conntrack
+from bench.netlink import PYROUTE2_LOADS
+from bench.plot import Lines
+from bench.workload import HOUR_NS, connections
 from datapath.provider import PortRef
-from datapath.state.conntrack import ASSURED, REPLIED, STATES
-from datapath.state.kind import Columns, Table
+from datapath.state.kind import Table
 from migrator.checkpoint import checkpoint
-from migrator.lab import netns
 from migrator.snapshot import SnapshotReader
 from tests.contract.hosts import Host, ebpf_host
 
-HOUR_NS = 3_600_000_000_000
-Result = TypeVar("Result")
+PYROUTE2_MOST = 10_000
+"""It takes a millisecond an entry: once, and no more of them."""
+OURS = ("checkpoint", "restore")
+BUDGETS = {"checkpoint": (">2e6", "conntrack -L", ">8"), "restore": (">6e5", "conntrack -R", ">6")}
 
 
 def measure(*, quick: bool) -> Figures:
     figures = Figures()
-    for count in (1_000, 10_000) if quick else (1_000, 100_000, 1_000_000):
-        _one_size(figures, count, 3 if quick else 5)
-    _among_others(figures, 20_000 if quick else 1_000_000, 3 if quick else 7)
+    charts = {what: Lines(f"{what} of a connection table", "connections", "entries/s") for what in OURS}
+    for count in (1_000, 10_000) if quick else (1_000, 10_000, 100_000, 1_000_000):
+        _report(figures, charts, count, _one_size(count, 2 if count > 100_000 else 3 if quick else 5))
+    for what, chart in charts.items():
+        figures.chart(what, chart)
+    figures.notes.append(
+        f"pyroute2 was asked once, to list at most {PYROUTE2_MOST:,} and to make at most {PYROUTE2_LOADS:,}; "
+        "netlink's copy is of messages that were made before: the bound of any such program"
+    )
     return figures
-
-
-# ---- workloads ----
-
-
-def connections(count: int, first: int = 0) -> Columns:
-    """Established TCP connections of one guest with clients in 10/8, ages and ids of their own."""
-    number = np.arange(first, first + count, dtype=np.uint32)
-    mapped = np.zeros((count, 16), np.uint8)
-    mapped[:, 10:12] = 255
-    remote = mapped.copy()
-    remote[:, 12] = 10
-    remote[:, 13:] = number.astype(">u4").view(np.uint8).reshape(count, 4)[:, 1:]
-    mapped[:, 12:] = (192, 0, 2, 10)
-    rng = np.random.default_rng(1)
-    return {
-        "laddr": np.ascontiguousarray(mapped).view("V16").reshape(count),
-        "raddr": np.ascontiguousarray(remote).view("V16").reshape(count),
-        "lport": np.full(count, 443, "<u2"),
-        "rport": (1024 + number % 60_000).astype("<u2"),
-        "proto": np.full(count, socket.IPPROTO_TCP, "u1"),
-        "type": np.zeros(count, "u1"),
-        "from": np.zeros(count, "u1"),
-        "state": np.full(count, STATES["ESTABLISHED"], "u1"),
-        "flags": np.full(count, REPLIED | ASSURED, "u1"),
-        "age_ns": rng.integers(0, HOUR_NS // 2, count, dtype="<u8"),
-        "id": rng.integers(1, 1 << 63, count, dtype="<u8"),
-        "judged": np.zeros(count, "<u4"),
-        "mark": np.zeros(count, "<u4"),
-    }
 
 
 def staged(host: Host, count: int, epoch: int, *, last: int = 1, limit: int = 0) -> PortRef:
@@ -76,51 +47,56 @@ def staged(host: Host, count: int, epoch: int, *, last: int = 1, limit: int = 0)
     mac = f"02:00:00:00:00:{last:02x}"
     ref = host.stage(epoch, mac=mac, connections_max=limit or max(2 * count, 65_536))
     loaded = host.driver.load(ref, Table("conntrack", columns=connections(count), port_time_ns=HOUR_NS))
-    assert loaded.loaded == count, loaded
+    verify("connections loaded", loaded.loaded, count)
     return ref
 
 
-@contextlib.contextmanager
-def nf_conntrack(count: int) -> Iterator[tuple[str, Path]]:
-    """A namespace whose nf_conntrack holds `count` connections, and their text as `conntrack -L -o save` prints it."""
-    directory = Path(tempfile.mkdtemp(prefix="bench-"))
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, directory)
-        space = f"mg{os.getpid()}-bench"
-        netns.make(space)
-        stack.callback(netns.remove, space)
-        text = directory / "connections"
-        with text.open("w") as file:
-            for number in range(count):
-                remote = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
-                file.write(
-                    f"-A -t 43200 -u SEEN_REPLY,ASSURED -s {remote} -d 192.0.2.10 -r 192.0.2.10 -q {remote} "
-                    f"-p tcp --sport {1024 + number % 60_000} --dport 443 --reply-port-src 443 "
-                    f"--reply-port-dst {1024 + number % 60_000} --state ESTABLISHED\n"
-                )
-        yield space, text
+@dataclass
+class Size:
+    """What each way took, round by round, and bytes of a snapshot by codec."""
+
+    took: dict[str, list[Took]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, took: Took) -> None:
+        self.took.setdefault(name, []).append(took)
 
 
-def _peer(space: str, *arguments: str) -> float:
-    began = time.perf_counter()
-    command = ["nsenter", f"--net={netns.path(space)}", "conntrack", *arguments]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - began
+def _one_size(count: int, rounds: int) -> Size:
+    size = Size()
+    with ebpf_host() as host, nf_conntrack(count) as peer:
+        ref = staged(host, count, 1)
+        for number in range(-1 if count <= 100_000 else 0, rounds):  # the first is to warm up
+            kept = size if number >= 0 else Size()
+            _ours(kept, host, ref, count, 3 + number)
+            _peers(kept, peer)
+        if count <= PYROUTE2_MOST:
+            _netlink(size, peer, "pyroute2")
+    return size
 
 
-def _peer_count(space: str) -> int:
-    command = ["nsenter", f"--net={netns.path(space)}", "conntrack", "-C"]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def _ours(size: Size, host: Host, ref: PortRef, count: int, epoch: int) -> None:
+    for name, codec in (("checkpoint, compressed", "zstd"), ("checkpoint", "none")):
+        took, data = measured(lambda codec=codec: _snapshot(host, ref, codec))  # type: ignore[misc]
+        size.add(name, took)
+        size.sizes[codec] = len(data)
+    target = host.stage(epoch, mac="02:00:00:00:00:02", connections_max=max(2 * count, 65_536))
+    took, loaded = measured(lambda: _restored(host, data, target))
+    verify("connections restored", loaded, count)
+    size.add("restore", took)
+    host.driver.purge(target)
 
 
-# ---- measurements ----
+def _peers(size: Size, peer: Netfilter) -> None:
+    size.add("conntrack -R", peer.fill())
+    size.add("conntrack -L", peer.listed())
+    size.add("conntrack -L -o save", peer.listed("-o", "save"))
+    _netlink(size, peer, "raw")
 
 
-def _timed(work: Callable[..., Result], *arguments: object) -> tuple[float, Result]:
-    """Seconds, and what the work returned."""
-    began = time.perf_counter()
-    result = work(*arguments)
-    return time.perf_counter() - began, result
+def _netlink(size: Size, peer: Netfilter, how: str) -> None:
+    for what, took in peer.netlink(how).items():
+        size.add(f"{'netlink copy' if how == 'raw' else how}, {what}", took)
 
 
 def _snapshot(host: Host, ref: PortRef, codec: str) -> bytes:
@@ -135,62 +111,20 @@ def _restored(host: Host, data: bytes, ref: PortRef) -> int:
     return loaded
 
 
-def _one_size(figures: Figures, count: int, rounds: int) -> None:
-    ours_out, ours_in, peer_out, peer_in = [], [], [], []
-    sizes: dict[str, int] = {}
-    with ebpf_host() as host, nf_conntrack(count) as (space, text):
-        ref = staged(host, count, 1)
-        for number in range(rounds):
-            seconds, data = _timed(_snapshot, host, ref, "none")
-            ours_out.append(seconds)
-            target = host.stage(2 + number, mac="02:00:00:00:00:02", connections_max=max(2 * count, 65_536))
-            seconds, loaded = _timed(_restored, host, data, target)
-            assert loaded == count, f"restored {loaded} of {count}"
-            ours_in.append(seconds)
-            host.driver.purge(target)
-            _peer(space, "-F")
-            peer_in.append(_peer(space, "-R", str(text)))
-            assert _peer_count(space) == count, f"nf_conntrack holds {_peer_count(space)} of {count}"
-            peer_out.append(_peer(space, "-L", "-o", "save"))
-            sizes["raw"] = len(data)
-        sizes["compressed"] = len(_snapshot(host, ref, "zstd"))
-    _report(figures, count, ours_out, ours_in, peer_out, peer_in, sizes)
-
-
-def _report(
-    figures: Figures,
-    count: int,
-    ours_out: list[float],
-    ours_in: list[float],
-    peer_out: list[float],
-    peer_in: list[float],
-    sizes: dict[str, int],
-) -> None:
+def _report(figures: Figures, charts: dict[str, Lines], count: int, size: Size) -> None:
     large = count >= 100_000
-    for what, ours, peer, rate, ratio in (
-        ("checkpoint", ours_out, peer_out, ">2e6", ">8"),
-        ("restore", ours_in, peer_in, ">6e5", ">6"),
-    ):
-        figures.add(f"{what} {count:,}", "entries/s", [count / t for t in ours], rate if large else "")
-        tool = {"checkpoint": "conntrack -L -o save", "restore": "conntrack -R"}[what]
-        mine = figures.add(f"{what} {count:,}: {tool}", "entries/s", [count / t for t in peer])
-        figures.ratio(f"{what} {count:,}: ours / {tool}", figures.rows[-2], mine, ratio if large else "")
-    # counters are 32 of these bytes; the budget is for a snapshot without optional columns
-    figures.add(f"bytes a connection {count:,}, with counters", "B", [sizes["raw"] / count])
-    figures.add(f"bytes a connection {count:,}, compressed", "B", [sizes["compressed"] / count])
-
-
-def _among_others(figures: Figures, others: int, rounds: int) -> None:
-    """1,000 connections of one VM: alone on its host, and beside those of another."""
-    with ebpf_host() as host:
-        ref = staged(host, 1_000, 1)
-
-        def times() -> list[float]:
-            taken = [_timed(_snapshot, host, ref, "none") for _ in range(rounds + 1)][1:]
-            assert all(len(data) > 64 * 1_000 for _, data in taken)
-            return [1e3 * seconds for seconds, _ in taken]
-
-        alone = figures.add("checkpoint of 1,000, empty host", "ms", times())
-        staged(host, others, 1, last=2)
-        beside = figures.add(f"checkpoint of 1,000 beside {others:,}", "ms", times())
-    figures.ratio("beside others / alone", beside, alone, "<1.2")
+    rates: dict[str, Figure] = {}
+    for name, took in size.took.items():
+        budget = BUDGETS[name][0] if name in BUDGETS and large else ""
+        rates[name] = figures.add(f"{name} {count:,}", "entries/s", [count / one.wall_s for one in took], budget)
+        loads = name in ("restore", "conntrack -R") or name.endswith("load")
+        charts["restore" if loads else "checkpoint"].add(name, count, rates[name])
+    for what, (_, tool, budget) in BUDGETS.items():
+        figures.ratio(f"{what} {count:,}: ours / {tool}", rates[what], rates[tool], budget if large else "")
+    for name, took in size.took.items():
+        figures.add(f"{name} {count:,}: CPU", "ns an entry", [1e9 * one.cpu_s / count for one in took])
+        if large:
+            figures.add(f"{name} {count:,}: memory", "MiB", [one.peak / (1 << 20) for one in took])
+    limit = ("<110", "<25") if large else ("", "")
+    figures.add(f"bytes a connection {count:,}", "B", [size.sizes["none"] / count], limit[0])
+    figures.add(f"bytes a connection {count:,}, compressed", "B", [size.sizes["zstd"] / count], limit[1])
