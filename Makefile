@@ -13,7 +13,7 @@ TESTS := tests/unit tests/model tests/fuzz tests/contract tests/bpf
 LONG_TESTS := tests/soak
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -Wall -Werror -Idatapath/bpf -I/usr/include/$(shell uname -m)-linux-gnu
 
-.PHONY: help setup packages test model matrix soak fuzz lint demo bench build generate bpf lock-driver clean lock format audit test-% test-oldest-kernel bpf-coverage
+.PHONY: help setup packages test model matrix matrix-qemu soak fuzz lint demo bench build generate bpf lock-driver clean lock format audit test-% test-oldest-kernel bpf-coverage
 
 help:  ## this list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -66,6 +66,11 @@ matrix: setup  ## the whole crash matrix, and its table in docs/reliability.md (
 	@mkdir -p .cache $(if $(MORE),,&& rm -f .cache/matrix.jsonl)
 	-@MATRIX=$(or $(MATRIX),full) MATRIX_RESULTS=.cache/matrix.jsonl $(BIN)/python -m pytest tests/netns/test_matrix.py -q $(ARGS)
 	@tools/crash_matrix.py .cache/matrix.jsonl
+
+matrix-qemu: setup  ## the same with a QEMU guest that libvirt moves; MATRIX=steps, cover or 2/400 for a part, MORE=1 adds it
+	@mkdir -p .cache $(if $(MORE),,&& rm -f .cache/matrix-qemu.jsonl)
+	-@MATRIX=$(or $(MATRIX),full) MATRIX_RESULTS=.cache/matrix-qemu.jsonl $(BIN)/python -m pytest tests/libvirt/test_matrix.py -q $(ARGS)
+	@tools/crash_matrix.py --qemu .cache/matrix-qemu.jsonl
 
 test-oldest-kernel: setup  ## the same on Linux 6.1 in an emulated machine, slowly: ARGS="tests/bpf -k uplink"
 	@tools/oldest_kernel.py $(BIN)/python -m pytest -p no:cacheprovider $(or $(ARGS),tests/netns/test_driver_forward.py)

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Writes the table of the crash matrix into docs/reliability.md, out of what tests/netns/test_matrix.py wrote down.
 
-tools/crash_matrix.py RESULTS [FILE]    RESULTS: lines of JSON, one a case; of two of one case the later counts
+tools/crash_matrix.py [--qemu] RESULTS [FILE]    --qemu: of tests/libvirt/test_matrix.py
+
+RESULTS: lines of JSON, one a case; of two of one case the later counts
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 BEGIN, END = "<!-- crash matrix: written by tools/crash_matrix.py -->\n", "<!-- end of the crash matrix -->\n"
+QEMU_BEGIN = "<!-- crash matrix of QEMU guests: written by tools/crash_matrix.py -->\n"
+QEMU_END = "<!-- end of the crash matrix of QEMU guests -->\n"
 KINDS = {
     "kill": ("kill-A", "kill-B", "kill-C"),
     "kill two": ("kill-AB", "kill-AC", "kill-BC"),
@@ -34,16 +38,19 @@ LISTED = 100  # cases, at most, for a row a case
 
 
 def main(arguments: list[str]) -> int:
+    qemu = arguments[0] == "--qemu"
+    arguments = arguments[1:] if qemu else arguments
+    start, stop = (QEMU_BEGIN, QEMU_END) if qemu else (BEGIN, END)
     results: dict[tuple[str, str], dict[str, object]] = {}
     for line in Path(arguments[0]).read_text().splitlines():
         result = json.loads(line)
         results[result["point"], result["fault"]] = result
     file = Path(arguments[1] if len(arguments) > 1 else "docs/reliability.md")
-    before, _, rest = file.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, _, rest = file.read_text().partition(start)
+    _, end, after = rest.partition(stop)
     if not end:
-        raise SystemExit(f"{file} has no place for the table, between {BEGIN.strip()} and {END.strip()}")
-    file.write_text(before + BEGIN + "\n" + table(results) + "\n" + END + after)
+        raise SystemExit(f"{file} has no place for the table, between {start.strip()} and {stop.strip()}")
+    file.write_text(before + start + "\n" + table(results) + "\n" + stop + after)
     return 0
 
 

@@ -8,7 +8,6 @@ point (migrator/faults.py), waits until all has come to rest, checks both hosts,
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import signal
 import threading
@@ -27,9 +26,10 @@ from migrator.lab.cluster import COORDINATOR_PORT, PEER_PORT
 from migrator.lab.machines import Machine, Port, add_peer, add_vm
 from migrator.lab.processes import Daemon, Worker, wait_until
 
+from .matrix_traffic import Counted, Going, Numbers, Talk
 from .standing import StandingCluster
 from .traffic import Conversations
-from .world import NETWORKS, NUMBERS, POLICIES
+from .world import NETWORKS, POLICIES
 
 MOVING = ("h1", "h2")  # hosts that the VM moves between
 REST_S = 60.0  # all comes to rest within
@@ -54,7 +54,6 @@ DEADLINES = {
     "undo_s": 4.0,
     "return_s": 10.0,
 }
-ROUGH = 5  # ms between the numbers of a stream
 NUMBERED = ("pinned files", "attachments")
 COUNTED = ("ports", "tables", "dirty sets", "devices", "attachments", "policies", "pinned files", "links")
 
@@ -62,8 +61,8 @@ COUNTED = ("ports", "tables", "dirty sets", "devices", "attachments", "policies"
 class MatrixCluster(StandingCluster):
     """Agents h1 and h2 reach the coordinator and each other through a proxy, and disks are small."""
 
-    def __init__(self) -> None:
-        super().__init__(networks=NETWORKS, migration_options=MIGRATION)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(networks=NETWORKS, migration_options=MIGRATION, **options)
         self.proxy: Worker
 
     def _daemon(self, name: str, namespace: str, arguments: Sequence[str]) -> Daemon:
@@ -123,73 +122,33 @@ def state_of(process: int) -> str:
         return ""
 
 
-class Numbers:
-    """A numbered stream each way, with numbers of its own for each case; the workers stay."""
-
-    def __init__(self, vm: Machine, peer: Machine) -> None:
-        self.ends = (vm.worker("probe"), peer.worker("probe"))  # at the guest, at the peer
-        self.targets = (peer.address, vm.address)
-        for end in self.ends:
-            end.call("receive", address="0.0.0.0", port=NUMBERS)
-        self._flows = itertools.count(1)
-        self.flows = (0, 0)  # to the guest, from the guest
-
-    def begin(self) -> None:
-        self.flows = (next(self._flows), next(self._flows))
-        for flow, sender, target in zip(self.flows, reversed(self.ends), reversed(self.targets), strict=True):
-            sender.call("send", flow=flow, address=target, port=NUMBERS, every_ms=ROUGH)
-        wait_until("numbers arrive", lambda: all(self.came(n) > 3 for n in (0, 1)), 20.0)
-        for receiver, flow in zip(self.ends, self.flows, strict=True):
-            receiver.call("silence", flow=flow)
-
-    def came(self, way: int) -> int:
-        """0: to the guest, 1: from it."""
-        flows = self.ends[way].call("report")["flows"]
-        return int(flows.get(str(self.flows[way]), {}).get("received", 0))
-
-    def end(self) -> dict[str, float]:
-        """Stop: what was lost, doubled or overtaken in both directions, and the longest silence in ms."""
-        goals = [self.came(way) + 20 for way in (0, 1)]
-        wait_until("numbers go on", lambda: all(self.came(w) >= g for w, g in enumerate(goals)), 20.0)
-        found: dict[str, float] = {"lost": 0, "doubled": 0, "overtaken": 0, "silence": 0.0}
-        for way, (sender, receiver) in enumerate(zip(reversed(self.ends), self.ends, strict=True)):
-            flow = self.flows[way]
-            sent = sender.call("stop", flow=flow)["sent"]
-            with contextlib.suppress(Exception):  # the last one may be lost like any other
-                wait_until("the last number", lambda r=receiver, f=flow, s=sent: _newest(r, f) == s - 1, 3.0)
-            report = receiver.call("report")["flows"][str(flow)]
-            found["lost"] += report["missing_count"]
-            found["doubled"] += report["doubled"]
-            found["overtaken"] += report["overtaken"]
-            found["silence"] = max(found["silence"], receiver.call("silence", flow=flow)["ms"])
-        return found
-
-
-def _newest(receiver: Worker, flow: int) -> int:
-    return int(receiver.call("report")["flows"][str(flow)]["newest"])
-
-
 class Stage:
     """The cluster with all that lasts from case to case."""
 
     def __init__(self, cluster: MatrixCluster) -> None:
         self.cluster = cluster
-        cluster.apply(policies=POLICIES)
-        self.before = {host: oracle.traces(cluster, host) for host in MOVING}
-        self.vm = add_vm(cluster, "v", "h1", [_port(1)], policy="server", behaviour={"memory_ms": 50})
-        self.peer = add_peer(cluster, "p", "h3", _port(2), policy="open")
-        cluster.declare(self.vm, self.peer)
-        self.talk = self._converse()
+        self.vm: Machine
+        self.talk: Talk
+        self.numbers: Counted
         self.broken_talk = False  # the host that the guest ran on has gone with all of its connections
-        self.numbers = Numbers(self.vm, self.peer)
         self.empty: dict[str, dict[str, list[str]]] = {}  # traces of a host that the VM has left
         self.full: dict[str, dict[str, int]] = {}  # counts of a host that has it
         self._changes: threading.Thread | None = None
+        self._populate()
         for host in reversed(MOVING):
             self.move_on()
             assert self.vm.place() == host
             self.rest()
             self._measure(host)
+
+    def _populate(self) -> None:
+        """A VM at h1, its peer, and what goes on between them."""
+        self.cluster.apply(policies=POLICIES)
+        self.vm = add_vm(self.cluster, "v", "h1", [_port(1)], policy="server", behaviour={"memory_ms": 50})
+        self.peer = add_peer(self.cluster, "p", "h3", _port(2), policy="open")
+        self.cluster.declare(self.vm, self.peer)
+        self.talk = self._converse()
+        self.numbers = Numbers(self.vm, self.peer)
 
     def _converse(self) -> Conversations:
         return Conversations.begin(self.vm, self.peer, inbound=5, outbound=5, every_ms=100)
@@ -209,6 +168,16 @@ class Stage:
     @staticmethod
     def other(host: str) -> str:
         return next(name for name in MOVING if name != host)
+
+    def power_off(self, host: str) -> bool:
+        """What a host's reboot ends beside its switch; whether the guest goes with it. Its agent is dead."""
+        return self.vm.place() == host
+
+    def power_on(self, host: str) -> None:
+        """It is up again; its agent comes next."""
+
+    def revive(self, host: str) -> None:
+        """The move has ended: a guest that a reboot has ended is started again there."""
 
     def _measure(self, host: str) -> None:
         self.empty[self.other(host)] = _numberless(oracle.traces(self.cluster, self.other(host)))
@@ -357,13 +326,13 @@ def go_on(stage: Stage) -> None:
         os.kill(daemon.pid, signal.SIGCONT)
 
 
-def stands(stage: Stage, move: Move, timeout_s: float = REST_S) -> Daemon | None:
+def stands(stage: Stage, move: Going, timeout_s: float = REST_S) -> Daemon | None:
     """Who stands at the point that was asked for; None when all has come to rest without."""
     wait_until("somebody stands at the point", lambda: stage.cluster.stopped() or over(stage, move), timeout_s, 0.002)
     return next(iter(stage.cluster.stopped()), None)
 
 
-def over(stage: Stage, move: Move) -> bool:
+def over(stage: Stage, move: Going) -> bool:
     """The move has an outcome, and nothing is left to be done of it."""
     return not move.is_alive() and not stage.wrong()
 

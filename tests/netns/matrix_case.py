@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from migrator import faults
 from migrator._pb import migrator_pb2 as pb
 from migrator.lab.processes import wait_until
 
-from .matrix import REST_S, MatrixCluster, Move, Stage, asked, ended, known, monotonic, stands
+from .matrix import REST_S, Going, MatrixCluster, Stage, asked, ended, known, monotonic, stands
 from .matrix_faults import FAULTS, Fault, Roles
-from .matrix_scenarios import SCENARIOS, UNREACHED, Scenario, trace
+from .matrix_scenarios import SCENARIOS, UNREACHED, Played, trace
 
 TRIES = 3
 RESULTS = "MATRIX_RESULTS"  # environment: a file that each result is appended to, as a line of JSON
@@ -73,10 +73,11 @@ def covering() -> list[Case]:
     messages = [point for point in reachable() if point.count(".") > 1]
     ends = [point for n, point in enumerate(messages) if n % 2 == n // 2 % 2]
     brief = [fault for fault in FAULTS if fault.kind not in SLOW]
-    return [*_spread(phases, FAULTS), *_spread(ends, brief)]
+    return [*spread(phases, FAULTS), *spread(ends, brief)]
 
 
-def _spread(points: list[str], kinds: list[Fault]) -> list[Case]:
+def spread(points: list[str], kinds: list[Fault]) -> list[Case]:
+    """Each point once, by faults in turn."""
     return [Case(point, kinds[n * STEP % len(kinds)]) for n, point in enumerate(points)]
 
 
@@ -84,7 +85,12 @@ def cases() -> list[Case]:
     share = os.environ.get(SHARE, "")
     if share in ("", "cover"):
         return covering() if share else quick()
-    every = [Case(point, fault) for point, fault in itertools.product(reachable(), FAULTS)]
+    return chosen(reachable(), FAULTS, share)
+
+
+def chosen(points: list[str], kinds: list[Fault], share: str) -> list[Case]:
+    """All of them ("full"), or one part of so many ("N/M")."""
+    every = [Case(point, fault) for point, fault in itertools.product(points, kinds)]
     if share == "full":
         return every
     part, _, parts = share.partition("/")
@@ -94,16 +100,23 @@ def cases() -> list[Case]:
 class Theatre:
     """The stage; made anew after a case that failed, so that it fails no other. Scenarios are traced once."""
 
-    def __init__(self, make: Callable[[], MatrixCluster]) -> None:
+    def __init__(
+        self,
+        make: Callable[[], MatrixCluster],
+        furnish: Callable[[MatrixCluster], Stage] = Stage,
+        scenarios: Sequence[Played] = SCENARIOS,
+    ) -> None:
         self._make = make
+        self._furnish = furnish
+        self._scenarios = scenarios
         self._stage: Stage | None = None
-        self._ways: dict[str, list[Scenario]] = {}
+        self._ways: dict[str, list[Played]] = {}
         self._close: Callable[[], None] = lambda: None
 
     def stage(self) -> Stage:
         if self._stage is None:
             with contextlib.ExitStack() as undo:
-                stage = Stage(undo.enter_context(self._make()))
+                stage = self._furnish(undo.enter_context(self._make()))
                 self._close = undo.pop_all().close
             self._stage = stage
         return self._stage
@@ -115,10 +128,10 @@ class Theatre:
         close, self._close, self._stage = self._close, lambda: None, None
         close()
 
-    def ways(self) -> dict[str, list[Scenario]]:
+    def ways(self) -> dict[str, list[Played]]:
         """Point -> scenarios that come to it, the plain one first."""
         if not self._ways:
-            for scenario in SCENARIOS:
+            for scenario in self._scenarios:
                 for point in trace(self.stage(), scenario):
                     self._ways.setdefault(point, []).append(scenario)
         return self._ways
@@ -134,6 +147,7 @@ def play(theatre: Theatre, case: Case) -> Result:
     stage.numbers.begin()
     scenario, roles, move = _struck(theatre, case)
     move.join(REST_S)
+    stage.revive(roles.here)
     report = wait_until("the move has an outcome", lambda: _outcome(stage, before, move), REST_S, 0.05)
     place = stage.rest()
     found = stage.numbers.end()
@@ -154,7 +168,7 @@ def play(theatre: Theatre, case: Case) -> Result:
     return result
 
 
-def _struck(theatre: Theatre, case: Case) -> tuple[Scenario, Roles, Move]:
+def _struck(theatre: Theatre, case: Case) -> tuple[Played, Roles, Going]:
     """Come to the point and strike; what a move comes to depends a little on time."""
     stage = theatre.stage()
     ways = theatre.ways()[case.point]
@@ -169,7 +183,7 @@ def _struck(theatre: Theatre, case: Case) -> tuple[Scenario, Roles, Move]:
     raise AssertionError(f"nobody came to {case.point}")
 
 
-def _outcome(stage: Stage, before: frozenset[str], move: Move) -> pb.Migration | None:
+def _outcome(stage: Stage, before: frozenset[str], move: Going) -> pb.Migration | None:
     """A coordinator that dies before it has written the migration down knows nothing of it afterwards."""
     found = ended(stage, before)
     if found is not None:

@@ -17,7 +17,7 @@ from migrator.lab import netns
 from migrator.lab.processes import Daemon, wait_until
 from migrator.lab.topology import UPLINK
 
-from .matrix import Move, Stage, go_on, monotonic, over
+from .matrix import Going, Stage, go_on, monotonic, over
 
 FROZEN_S = 6.0  # longer than each deadline of an agent's, and than the leases
 STALLED_S = 5.0  # longer than gRPC's keepalive
@@ -52,7 +52,7 @@ class Fault:
     """`strike` is called while somebody stands at the point; it lets them go on, and returns when all is healed."""
 
     name: str
-    strike: Callable[[Roles, Move], None]
+    strike: Callable[[Roles, Going], None]
     kind: str
     letters: str
 
@@ -63,7 +63,7 @@ class Fault:
 def killed(letters: str) -> Fault:
     """Dead as by a crash, and started again."""
 
-    def strike(roles: Roles, _: Move) -> None:
+    def strike(roles: Roles, _: Going) -> None:
         daemons = [roles.daemon(letter) for letter in letters]
         for daemon in daemons:
             daemon.kill()
@@ -83,7 +83,7 @@ def start(stage: Stage, daemons: list[Daemon]) -> None:
 def frozen(letter: str) -> Fault:
     """Stands still beyond every deadline and goes on in a world that went on without it."""
 
-    def strike(roles: Roles, _: Move) -> None:
+    def strike(roles: Roles, _: Going) -> None:
         daemon = roles.daemon(letter)
         os.kill(daemon.pid, signal.SIGSTOP)
         try:
@@ -106,7 +106,7 @@ def pass_time(seconds: float) -> None:
 def bad(link: str, mode: str, value: float = 0) -> Fault:
     """A connection between two daemons is bad for a while, or for good until they notice."""
 
-    def strike(roles: Roles, move: Move) -> None:
+    def strike(roles: Roles, move: Going) -> None:
         cluster = roles.stage.cluster
         cluster.link(roles.link(link), mode, value)
         try:
@@ -119,7 +119,7 @@ def bad(link: str, mode: str, value: float = 0) -> Fault:
     return Fault(f"{mode}-{link}", strike, mode, link)
 
 
-def while_it_lasts(stage: Stage, move: Move, seconds: float) -> None:
+def while_it_lasts(stage: Stage, move: Going, seconds: float) -> None:
     """So long at most; no longer than anything is left to be done of the move."""
     until = monotonic() + seconds
     wait_until("enough of it", lambda: monotonic() > until or over(stage, move), seconds + 30.0, 0.05)
@@ -128,7 +128,7 @@ def while_it_lasts(stage: Stage, move: Move, seconds: float) -> None:
 def full(letter: str) -> Fault:
     """Nothing more fits on a daemon's disk for a while."""
 
-    def strike(roles: Roles, move: Move) -> None:
+    def strike(roles: Roles, move: Going) -> None:
         with filled(roles.disk(letter) / "fill"):
             go_on(roles.stage)
             while_it_lasts(roles.stage, move, BAD_S)
@@ -154,7 +154,7 @@ def filled(path: Path) -> Iterator[None]:
 def starved(letter: str) -> Fault:
     """A daemon gets no more memory for a while; it may die of it, and is started again then."""
 
-    def strike(roles: Roles, move: Move) -> None:
+    def strike(roles: Roles, move: Going) -> None:
         daemon = roles.daemon(letter)
         size = int(Path(f"/proc/{daemon.pid}/statm").read_text().split()[0]) * resource.getpagesize()
         _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_AS, (size + ROOM_BYTES, resource.RLIM_INFINITY))
@@ -171,15 +171,16 @@ def starved(letter: str) -> Fault:
 def rebooted(letter: str) -> Fault:
     """Processes, maps, programs and devices of a host's switch are gone; files, and the guest's device, are there."""
 
-    def strike(roles: Roles, _: Move) -> None:
+    def strike(roles: Roles, _: Going) -> None:
         host = roles.here if letter == "A" else roles.there
         daemon = roles.daemon(letter)
         daemon.kill()
-        lives_on = roles.stage.vm.place() != host
+        dies = roles.stage.power_off(host)
         _forget_all(roles.stage, host)
+        roles.stage.power_on(host)
         go_on(roles.stage)
         start(roles.stage, [daemon])
-        if not lives_on:
+        if dies:
             roles.stage.broken_talk = True
 
     return Fault(f"reboot-{letter}", strike, "reboot", letter)

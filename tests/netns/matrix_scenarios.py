@@ -8,13 +8,13 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
 from migrator._pb import migrator_pb2 as pb
 
-from .matrix import Move, Stage, asked, ended, go_on, known, record, recorded, stands
+from .matrix import Going, Move, Stage, asked, ended, go_on, known, record, recorded, stands
 from .matrix_faults import Roles, bad, pass_time
 from .world import POLICIES
 
@@ -32,7 +32,7 @@ class Scenario:
     first: str = ""
     act: Act | None = None
 
-    def begin(self, stage: Stage, point: str) -> tuple[Roles, Move]:
+    def begin(self, stage: Stage, point: str) -> tuple[Roles, Going]:
         """Begin the move. Whoever comes to `point` (after `first`) will stand; RECORD: nobody will."""
         here = stage.vm.place()
         roles = Roles(stage, here, stage.other(here))
@@ -131,7 +131,16 @@ UNREACHED = {
 """Points that no scenario comes to: the test that does, or why none can."""
 
 
-def trace(stage: Stage, scenario: Scenario) -> list[str]:
+class Played(Protocol):
+    """What a case needs of a scenario."""
+
+    @property
+    def name(self) -> str: ...
+
+    def begin(self, stage: Stage, point: str) -> tuple[Roles, Going]: ...
+
+
+def trace(stage: Stage, scenario: Played) -> list[str]:
     """Points that the scenario comes to, in order; those before `first` are not among them."""
     before = known(stage)
     recorded(stage)

@@ -29,11 +29,11 @@ def result(point: str, fault: str, outcome: str, **fields: object) -> str:
     return json.dumps(line) + "\n"
 
 
-def write(tmp_path: Path, text: str, *lines: str) -> subprocess.CompletedProcess[str]:
+def write(tmp_path: Path, text: str, *lines: str, option: str = "") -> subprocess.CompletedProcess[str]:
     results, file = tmp_path / "results", tmp_path / "page.md"
     results.write_text("".join(lines))
     file.write_text(text)
-    command = [sys.executable, str(TOOL), str(results), str(file)]
+    command = [sys.executable, str(TOOL), *([option] if option else []), str(results), str(file)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -59,6 +59,15 @@ def test_the_table_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     assert points == ["| source.final", "| source.final", "| source.send.final"], "phases come first"
     assert rows[0] == "| source.final | kill-A | plain | complete | 30 | 0 |"
     assert rows[-1] == "| source.send.final | kill-A | plain | aborted | 12 | 7 |"
+
+
+def test_qemu_guests_have_a_table_of_their_own(tmp_path: Path) -> None:
+    own = f"{crash_matrix.QEMU_BEGIN}old\n{crash_matrix.QEMU_END}"
+    done = write(tmp_path, TEXT + own, result("hook.start", "libvirtd-A", "aborted"), option="--qemu")
+    assert done.returncode == 0, done
+    written = (tmp_path / "page.md").read_text()
+    assert written.startswith(TEXT) and written.count("old") == 1
+    assert "| hook.start | libvirtd-A | plain | aborted | 12 | 0 |" in written
 
 
 def test_many_cases_make_a_grid(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The crash matrix with a QEMU guest that libvirt moves: each step, each call of the hook, broken in every way.
+
+Here every second phase and call of the hook, by faults of every kind; `test_killed` has all of them with the daemons
+that die alone. `make matrix-qemu MATRIX=steps` breaks at each once, `MATRIX=cover` at each message as well; without it
+runs all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from migrator import faults
+from tests.netns.matrix_case import SHARE, SLOW, Case, Theatre, chosen, play, spread
+from tests.netns.matrix_faults import FAULTS
+from tests.netns.matrix_scenarios import RESERVED, RESTARTING, UNLOADABLE
+
+from .faulty import GUEST_FAULTS, SCENARIOS, FaultyCluster, GuestStage
+from .test_killed import HOOKS
+
+pytestmark = pytest.mark.slow
+ELSEWHERE = "the crash matrix of vNIC guests comes to it"
+UNREACHED = {
+    "source.send.restart": RESTARTING,
+    "destination.got.restart": RESTARTING,
+    "destination.send.failed": UNLOADABLE,
+    "source.got.failed": UNLOADABLE,
+    "source.send.judged": RESERVED,
+    "destination.got.judged": RESERVED,
+    "agent.send.instance": RESERVED,
+    "coordinator.got.instance": RESERVED,
+    **dict.fromkeys(("source.drained", "source.aborting", "destination.fenced", "destination.waiting"), ELSEWHERE),
+    **dict.fromkeys(
+        ("agent.send.hello", "coordinator.got.hello", "coordinator.send.sync", "agent.got.sync"), ELSEWHERE
+    ),
+    **dict.fromkeys((f"{at}.port" for at in ("coordinator.send", "agent.got")), ELSEWHERE),
+    **dict.fromkeys((f"{at}.remove" for at in ("coordinator.send", "agent.got")), ELSEWHERE),
+    **dict.fromkeys((f"{at}.progress.degraded" for at in ("agent.send", "coordinator.got")), ELSEWHERE),
+    "coordinator.done": ELSEWHERE,
+}
+"""Points that no move of a QEMU guest comes to when nothing else goes wrong, and why."""
+SOMETIMES = {"coordinator.in-doubt", "source.send.ask", "destination.got.ask", "destination.send.answer"} | {
+    "source.got.answer"
+}
+"""Only when the guest stands for longer than one expects of it."""
+CALLS = [f"hook.{operation}" for operations in HOOKS.values() for operation in operations]
+PHASES = [point for point in faults.points() if point.count(".") == 1]
+MESSAGES = [point for point in faults.points() if point.count(".") > 1]
+
+
+def _reached(points: list[str]) -> list[str]:
+    return [point for point in points if point not in UNREACHED and point not in SOMETIMES]
+
+
+def cases() -> list[Case]:
+    steps, messages = [*CALLS, *_reached(PHASES)], _reached(MESSAGES)
+    share = os.environ.get(SHARE, "")
+    many = [fault for fault in GUEST_FAULTS if fault.name not in ("kill-A", "kill-B", "kill-C")]
+    if share in ("", "steps"):
+        return spread(steps, many)[:: 1 if share else 2]
+    if share == "cover":
+        return [*spread(steps, GUEST_FAULTS), *spread(messages, [one for one in FAULTS if one.kind not in SLOW])]
+    return chosen([*steps, *messages], GUEST_FAULTS, share)
+
+
+@pytest.fixture(scope="module")
+def theatre() -> Iterator[Theatre]:
+    made = Theatre(FaultyCluster, GuestStage, SCENARIOS)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=str(case)) for case in cases()])
+def test_a_fault_at_a_step(theatre: Theatre, case: Case) -> None:
+    try:
+        print(play(theatre, case))
+    except BaseException:
+        print(theatre.logs())
+        theatre.close()
+        raise
+
+
+def test_scenarios_come_to_every_point(theatre: Theatre) -> None:
+    """A phase, message or call of the hook that is new in the code is red here until it is in the matrix."""
+    reached = set(theatre.ways())
+    assert reached - SOMETIMES == {*CALLS, *_reached(PHASES), *_reached(MESSAGES)}
+
+
+def test_every_kind_of_fault_is_among_the_chosen() -> None:
+    assert {case.fault.kind for case in cases()} == {fault.kind for fault in GUEST_FAULTS if fault.kind != "kill"}
