@@ -111,32 +111,31 @@ class Sender:
         self._received = Received(receiver)
         self._socket = sender.run(_opened)
 
-    def burst(self, messages: Messages, repeat: int = 1) -> Burst:
-        """All of them, `repeat` times. Unverified unless every one has arrived, and in time."""
-        return self._place.run(lambda: self._burst(messages, repeat))
+    def burst(self, messages: Messages, deadline_s: float = DEADLINE_S) -> Burst:
+        """All of them. Unverified unless every one has arrived, and in time."""
+        return self._place.run(lambda: self._burst(messages, deadline_s))
 
-    def _burst(self, messages: Messages, repeat: int) -> Burst:
-        begin, sent, cpu_ns = self._received.count(), 0, 0
+    def _burst(self, messages: Messages, deadline_s: float) -> Burst:
+        begin, cpu_ns = self._received.count(), 0
         others, wall = self._switch.cpu_ns(), time.monotonic_ns()
-        for _ in range(repeat):
-            for first in range(0, messages.length, BATCH):
-                count = min(BATCH, messages.length - first)
-                before = time.thread_time_ns()
-                messages.send(self._socket.fileno(), first, count)
-                cpu_ns += time.thread_time_ns() - before
-                sent += count
-                if self._switch.window:
-                    self._wait_for(begin + sent - self._switch.window)
+        for first in range(0, messages.length, BATCH):
+            count = min(BATCH, messages.length - first)
+            before = time.thread_time_ns()
+            messages.send(self._socket.fileno(), first, count)
+            cpu_ns += time.thread_time_ns() - before
+            if self._switch.window:
+                self._wait_for(begin + first + count - self._switch.window, deadline_s)
+        sent = messages.length
         if self._switch.window:
-            self._wait_for(begin + sent)
+            self._wait_for(begin + sent, deadline_s)
         taken = Burst(sent, cpu_ns + self._switch.cpu_ns() - others, time.monotonic_ns() - wall)
         arrived = self._received.count() - begin
         if arrived != sent:
             raise Unverified(f"{self._switch.name}: {arrived} of {sent} frames had arrived when they were sent")
         return taken
 
-    def _wait_for(self, count: int) -> None:
-        deadline = time.monotonic() + DEADLINE_S
+    def _wait_for(self, count: int, deadline_s: float) -> None:
+        deadline = time.monotonic() + deadline_s
         while (now := self._received.count()) < count:
             if time.monotonic() > deadline:
                 raise Unverified(f"{self._switch.name}: {count - now} frames did not arrive")

@@ -257,7 +257,7 @@ def switches(directory: Path, *, open_vswitch: bool) -> Iterator[list[Switch]]:
             stack.callback(made.close)
             return made
 
-        (host,) = stack.enter_context(driver_hosts(1))
+        (host,) = stack.enter_context(driver_hosts(1, sweep_interval_s=5.0))  # as an agent has it
         left, right = host.guest(LEFT, policy(inbound=False)), host.guest(RIGHT, policy(inbound=True))
         made: list[Switch] = [
             Bridge(place(), place(), place()),
