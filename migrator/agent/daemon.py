@@ -41,6 +41,7 @@ from migrator.security.transport import PLAIN, Transport
 
 VERSION = version("vm-netstate-migrator")
 REDIRECT_POLL_S = 1.0
+GAUGES_S = 15.0  # as often as who scrapes them asks: each time all ports are looked at
 STOP_S = 2.0
 
 
@@ -375,6 +376,7 @@ class Agent:
 
     async def _redirects(self) -> None:
         limit = self.config.migration.redirect_idle_s
+        gauged = 0.0
         while True:
             await asyncio.sleep(min(REDIRECT_POLL_S, max(limit / 4, 0.05)))
             for end in self.ends:
@@ -383,7 +385,10 @@ class Agent:
             try:
                 if await self.hosting.retry_places():
                     self._tell_places()
-                await self._gauges()
+                metrics.COORDINATOR.set(self.link.connected)
+                if (now := asyncio.get_running_loop().time()) - gauged >= GAUGES_S:
+                    gauged = now
+                    await self._gauges()
             except Error as error:
                 self._log.info("not looked at this time", error=str(error))
 
@@ -398,7 +403,6 @@ class Agent:
                 self._tell(pb.FromAgent(redirect_idle=pb.RedirectIdle(vm=end.vm, epoch=epoch, idle_s=idle)))
 
     async def _gauges(self) -> None:
-        metrics.COORDINATOR.set(self.link.connected)
         counts = dict.fromkeys(PortState, 0)
         for status in await asyncio.to_thread(self.driver.ports):
             counts[status.state] += 1
