@@ -20,6 +20,7 @@ from migrator.agent.destination import DestinationEnd
 from migrator.agent.end import End, Surroundings
 from migrator.agent.guests import GuestEvent, found, whereabouts
 from migrator.agent.source import SourceEnd
+from migrator.agent.switchover import each
 from migrator.errors import AlreadyMigrating, Corrupt, JournalFailed, MigrationNotFound, PreflightFailed
 from migrator.lifecycle import destination as destination_machine
 from migrator.lifecycle import destination_words as arriving
@@ -241,6 +242,10 @@ class Ends:
         end = DestinationEnd(self._around, order, state, lambda _: None)
         statuses = {status.ref: status for status in await end.call(self._around.driver.ports, end.vm)}
         await self._guard_again(end)
+        if state.phase in arriving.OPENED:  # its switch writes that down late: a host that crashed has it staged
+            staged = [ref for ref in end.refs if ref in statuses and statuses[ref].state is PortState.STAGED]
+            broadcast = state.phase is arriving.Phase.SETTLED
+            await end.call(lambda: each(staged, partial(self._around.driver.open, broadcast=broadcast)))
         here = {ref: statuses[ref].record for ref in end.refs if ref in statuses}
         end.arrival.revisions.update({ref: int(record.get("revision", 0)) for ref, record in here.items()})
         committed = all(ref in statuses and statuses[ref].committed for ref in end.refs)

@@ -24,6 +24,7 @@ class Phase(enum.StrEnum):
 
 UNCOMMITTED = frozenset({Phase.STAGING, Phase.STAGED, Phase.LOADING, Phase.FENCED})
 RUNNING = frozenset({Phase.WAITING, Phase.OPENING, Phase.OPEN, Phase.SETTLED})
+OPENED = frozenset({Phase.OPEN, Phase.SETTLED})
 OVER = frozenset({Phase.SETTLED, Phase.ABORTED})
 
 
