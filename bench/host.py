@@ -27,6 +27,7 @@ from migrator.snapshot import decode_section
 from tests.netns.traffic import Streams
 
 HOST = "h1"
+SIZES, QUICK = (10, 100, 1_000), (10, 50)  # ports, one after the other
 RULES = 100  # of each port, and no two ports have the same
 AT_ONCE = 100  # ports of one Apply
 SAMPLED = 20  # ports whose rules are read back
@@ -41,7 +42,7 @@ OPEN = {
 
 def measure(*, quick: bool) -> Figures:
     figures = Figures()
-    sizes = (10, 50) if quick else (10, 100, 1_000)
+    sizes = QUICK if quick else SIZES
     change = Lines("One rule of one port changed, beside other ports", "ports", "CPU time of the agent, ms")
     options = {"slots": sizes[-1] + 64, "sweep_interval_s": 5.0}
     with Cluster((HOST,), [{"name": "blue", "kind": "local"}], driver_options=options) as cluster:
@@ -74,8 +75,10 @@ def _restarts(figures: Figures, host: LargeHost, rounds: int) -> None:
         took = [host.restart(end) for _ in range(rounds)]
         ports = host.ports
         figures.add(f"agent {how} and started again, {ports:,} ports: attached", "s", [one[0] for one in took])
-        figures.add("datagrams meanwhile, 2,000 a second", "sent", [one[1] for one in took])
-        figures.add("datagrams lost or doubled", "lost", [0.0 for _ in took])
+        figures.add(
+            f"datagrams through two ports while {how} and started, 2,000 a second", "sent", [one[1] for one in took]
+        )
+        figures.add("of these lost, doubled or overtaken", "lost", [0.0 for _ in took])  # or there is no figure
 
 
 class Took:
@@ -109,13 +112,12 @@ class LargeHost:
 
     def grow(self, first: int, last: int) -> Took:
         """Devices, then ports with their rules; what it took from the declaration until they pass frames."""
-        space = self.cluster.name(HOST)
-        wires = [f"link add d{n} up type veth peer name e{n}" for n in range(first, last)]
-        netns.ip_batch(space, wires)
-        netns.ip_batch(space, [f"link set e{n} up" for n in range(first, last)])
+        parts = [range(begin, min(begin + AT_ONCE, last)) for begin in range(first, last, AT_ONCE)]
+        for numbers in parts:
+            wires = [f"link add d{n} up type veth peer name e{n}\nlink set e{n} up" for n in numbers]
+            netns.ip_batch(self.cluster.name(HOST), wires)
         took = Took(self.cluster)
-        for begin in range(first, last, AT_ONCE):
-            numbers = range(begin, min(begin + AT_ONCE, last))
+        for numbers in parts:
             self.cluster.apply(policies=[policy(n) for n in numbers], ports=[port(n) for n in numbers])
         self.ports = last
         wait_until(f"{last} ports are open", self._all_open, LOADED_S, 0.5)
