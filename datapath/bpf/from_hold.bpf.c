@@ -17,7 +17,7 @@ static __always_inline int from_hold_to(struct __sk_buff *skb, struct port *port
 
 static __always_inline int from_hold_from(struct __sk_buff *skb, struct port *port)
 {
-	receive(skb, port->slot, PATH_CLONE | PATH_PASSED);
+	receive(skb, port, PATH_CLONE | PATH_PASSED);
 	__sync_fetch_and_add(&port->held_from, -1);
 	return TC_ACT_SHOT;
 }
@@ -38,7 +38,7 @@ int from_hold(struct __sk_buff *skb)
 	if (device->role == DEVICE_HOLD_FROM)
 		return from_hold_from(skb, port);
 	if (device->role == DEVICE_INJECT)
-		return receive(skb, port->slot, 0);
+		return receive(skb, port, 0);
 	if (device->role == DEVICE_JUDGED)
 		return deliver(skb, device->slot, PATH_JUDGED | PATH_MOVED);
 	return drop_slot(skb, 0, TO_GUEST, DROP_NO_PORT);

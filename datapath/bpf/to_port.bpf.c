@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* Egress of a VM's device: the last judgement before the guest. The frame has the tag that the guest is to see. */
 #include "lib/count.h"
+#include "lib/device.h"
 #include "lib/judge.h"
 #include "lib/maps.h"
 #include "lib/mark.h"
 #include "lib/observe.h"
+#include "lib/plain.h"
 #include "lib/qos.h"
 #include "lib/remap.h"
 
-static __noinline int to_port_check(struct __sk_buff *skb, struct port *port)
+static __always_inline int to_port_check(struct __sk_buff *skb, struct port *port)
 {
 	struct packet pkt = {};
-	int reason = parse(skb, &pkt, TO_GUEST);
+	int reason = parse_frame(skb, &pkt, TO_GUEST);
 
 	if (!reason && port->features & FEATURE_REMAP)
 		reason = remap_to_guest(skb, port, &pkt);
@@ -29,13 +31,9 @@ static __noinline int to_port_check(struct __sk_buff *skb, struct port *port)
 SEC("tc")
 int to_port(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->ifindex;
-	struct device *device = bpf_map_lookup_elem(&devices, &ifindex);
-	struct port *port = NULL;
+	struct port *port = device_port(skb->ifindex);
 	int reason;
 
-	if (device && device->role == DEVICE_PORT && device->slot)
-		port = bpf_map_lookup_elem(&ports, &device->slot);
 	if (!port)
 		return drop_slot(skb, 0, TO_GUEST, DROP_NO_PORT);
 	if (mark_take(skb)) /* judged and counted where it comes from */

@@ -12,24 +12,25 @@
 #include "maps.h"
 #include "packet.h"
 
-#define ACL_GROUPS_MAX     64
-#define ACL_GROUP_RULES    256
-#define ACL_INTERVAL_STEPS 18 /* 2^17 intervals and one */
-#define ACL_NO_RULE        (~0u)
-#define ACL_GONE           (~1u) /* the generation was replaced and taken away meanwhile */
+#define ACL_GROUPS_MAX      64
+#define ACL_GROUP_RULES     256
+#define ACL_INTERVAL_STEPS  18 /* 2^17 intervals and one */
+#define ACL_NO_RULE         (~0u)
+#define ACL_GONE            (~1u) /* the generation was replaced and taken away meanwhile */
 
+#define LOWEST_BIT_SEQUENCE 0x03f79d71b4cb0a89ull /* de Bruijn's: each 6 bits of it are others */
+
+static const __u8 lowest_bits[64] = {
+    0,  1,  48, 2,  57, 49, 28, 3,  61, 58, 50, 42, 38, 29, 17, 4,  62, 55, 59, 36, 53, 51,
+    43, 22, 45, 39, 33, 30, 24, 18, 12, 5,  63, 47, 56, 27, 60, 41, 37, 16, 54, 35, 52, 21,
+    44, 32, 23, 11, 46, 26, 40, 15, 34, 20, 31, 10, 25, 14, 19, 9,  13, 8,  7,  6,
+};
+
+/* Position of the lowest bit of a word that has one. By table: each branch of a search doubles what the verifier has to
+ * follow. */
 static __always_inline __u32 lowest_bit(__u64 word)
 {
-	__u32 position = 0;
-
-	word &= -word;
-	position += word & 0xffffffff00000000ull ? 32 : 0;
-	position += word & 0xffff0000ffff0000ull ? 16 : 0;
-	position += word & 0xff00ff00ff00ff00ull ? 8 : 0;
-	position += word & 0xf0f0f0f0f0f0f0f0ull ? 4 : 0;
-	position += word & 0xccccccccccccccccull ? 2 : 0;
-	position += word & 0xaaaaaaaaaaaaaaaaull ? 1 : 0;
-	return position;
+	return lowest_bits[(word & -word) * LOWEST_BIT_SEQUENCE >> 58];
 }
 
 /* The point of a connection on the line. `port` is the destination's of the packet that opens; a query is placed by its
@@ -99,7 +100,7 @@ static __always_inline __u32 acl_first_common(void *rows, __u32 first, __u32 sec
 }
 
 /* The rule that decides, ACL_NO_RULE or ACL_GONE. */
-static __always_inline __u32 acl_match(__u32 generation, const struct packet *pkt, enum acl_direction direction)
+static __noinline __u32 acl_match(__u32 generation, const struct packet *pkt, enum acl_direction direction)
 {
 	struct acl_prefix key = {.length = 32 + 128, .direction = direction};
 	void *trie = bpf_map_lookup_elem(&acl_tries, &generation);

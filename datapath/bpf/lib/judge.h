@@ -10,6 +10,7 @@
  */
 #pragma once
 
+#include "clock.h"
 #include "frag.h"
 #include "parse.h"
 #include "reject.h"
@@ -85,7 +86,7 @@ __noinline int judge(struct __sk_buff *skb, struct port *port, struct packet *pk
 	t.slot = port->slot;
 	t.direction = direction & 1;
 	t.flags = PORT_FLAGS(READ_ONCE(port->word));
-	t.now = ct_time(port, bpf_ktime_get_coarse_ns());
+	t.now = ct_time(port, clock_coarse());
 	t.table = bpf_map_lookup_elem(&conntracks, &t.slot);
 	if (!t.table)
 		return DROP_NOT_ACTIVE;

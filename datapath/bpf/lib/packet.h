@@ -62,10 +62,11 @@ struct packet {
 	__u32 wire_packets; /* frames that this one is on a wire: segments of a GSO frame */
 	__u32 wire_bytes;   /* bytes of those IP packets; of the frame behind its Ethernet header when it is not IP */
 	__u32 wire_frame_bytes; /* bytes of those frames with their Ethernet headers, without FCS and accelerated tag */
-};
+} __attribute__((aligned(8)));
 
 /* Copies bytes of the frame: from its linear head, where headers nearly always are (the helper costs five times as
- * much, and is called for each header). Returns 0, or an error when the frame is shorter. */
+ * much, and is called for each header), two at a time: headers are of even lengths. Returns 0, or an error when the
+ * frame is shorter. */
 static __always_inline int packet_load(struct __sk_buff *skb, __u32 offset, void *to, __u32 size)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
@@ -74,7 +75,7 @@ static __always_inline int packet_load(struct __sk_buff *skb, __u32 offset, void
 	asm volatile("" : "+r"(offset));
 	if (data + offset + size > end)
 		return bpf_skb_load_bytes(skb, offset, to, size);
-	__builtin_memcpy(to, data + offset, size);
+	__builtin_memcpy(__builtin_assume_aligned(to, 2), __builtin_assume_aligned(data + offset, 2), size);
 	return 0;
 }
 

@@ -13,7 +13,7 @@
  * would be. */
 static __always_inline int parse_is_snap(struct __sk_buff *skb, __u32 offset, __be16 length)
 {
-	__u8 head[6]; /* two service access points, control, organisation */
+	__u8 head[6] __attribute__((aligned(2))); /* two service access points, control, organisation */
 
 	if (bpf_ntohs(length) >= ETH_P_802_3_MIN || packet_load(skb, offset, head, sizeof(head)))
 		return 0;
@@ -54,7 +54,7 @@ static __always_inline int parse_ethernet(struct __sk_buff *skb, struct packet *
 /* Ports, flags and types. Returns the length of the transport header, -1 when it is cut off or impossible. */
 static __always_inline int parse_transport(struct __sk_buff *skb, struct packet *pkt, int direction)
 {
-	__u8 head[sizeof(struct tcphdr)];
+	__u8 head[sizeof(struct tcphdr)] __attribute__((aligned(4)));
 	__be16 *ports = (__be16 *)head;
 	int tcp = pkt->proto == IPPROTO_TCP;
 

@@ -19,6 +19,7 @@
 #include "mark.h"
 #include "observe.h"
 #include "packet.h"
+#include "plain.h"
 #include "qos.h"
 #include "remap.h"
 #include "spoof.h"
@@ -109,23 +110,38 @@ static __noinline int receive_learn(struct __sk_buff *skb, struct port *port, __
 	return mac_equal(eth.h_source, port->mac) ? DROP_NONE : l2_learn_port(port, network, eth.h_source, vid);
 }
 
+/* From the port's own MAC: nothing to ask of it, and nothing to learn. */
+static __always_inline int receive_is_own(struct __sk_buff *skb, const struct port *port)
+{
+	struct ethhdr eth;
+
+	return !l2_macs(skb, &eth) && mac_equal(eth.h_source, port->mac) && !mac_is_group(eth.h_source);
+}
+
+/* A frame from the port's own MAC whose sender needs no closer look, as nearly all. */
+static __always_inline int receive_is_plain(const struct port *port, const struct packet *pkt)
+{
+	return !(port_flags(port) & PORT_F_ANTISPOOF) || spoof_is_plain(port, pkt);
+}
+
 /* Everything between the network of a frame and its forwarding; `tag`: as it came. Returns enum drop_reason. */
-static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __u32 network, __u32 tag)
+static __always_inline int receive_check(struct __sk_buff *skb, struct port *port, __u32 network, __u32 tag)
 {
 	struct packet pkt = {};
-	int reason;
+	int reason = parse_frame(skb, &pkt, FROM_GUEST), own;
 
-	reason = parse(skb, &pkt, FROM_GUEST);
 	if (reason)
 		return reason;
 	pkt.vlan = tag & VLAN_ID_MASK;
 	pkt.tagged = VLAN_TAG_REST(tag);
-	reason = receive_sender(skb, port, &pkt, network);
+	own = receive_is_own(skb, port);
+	if (!own || !receive_is_plain(port, &pkt))
+		reason = receive_sender(skb, port, &pkt, network);
 	if (!reason && (port->features & FEATURE_POLICE_FROM))
 		reason = qos_pass(skb, &pkt, port->slot, FROM_GUEST);
 	if (!reason && !(port_flags(port) & PORT_F_STATELESS))
 		reason = judge(skb, port, &pkt, FROM_GUEST);
-	if (!reason)
+	if (!reason && !own)
 		reason = receive_learn(skb, port, network, pkt.vlan);
 	if (!reason && port->features & FEATURES_OBSERVE)
 		observe(skb, port, &pkt, FROM_GUEST);
@@ -137,20 +153,19 @@ static __noinline int receive_check(struct __sk_buff *skb, struct port *port, __
 }
 
 /*
- * A frame of the guest in `slot`. `path`: PATH_PASSED for one that was held already, PATH_CLONE when the caller keeps
+ * A frame of the guest of `port`. `path`: PATH_PASSED for one that was held already, PATH_CLONE when the caller keeps
  * the frame. Returns the verdict. Inline: a chain of calls may be 8 deep, and judge() and forward() need them.
  */
-static __always_inline int receive(struct __sk_buff *skb, __u32 slot, __u32 path)
+static __always_inline int receive(struct __sk_buff *skb, struct port *port, __u32 path)
 {
-	struct port *port = bpf_map_lookup_elem(&ports, &slot);
+	__u32 network, slot = port->slot;
 	struct qos *way = NULL;
-	__u32 network;
 	int reason = DROP_NONE, tag;
 	__u8 state;
 
-	if (!port || !slot)
-		return drop_slot(skb, 0, FROM_GUEST, DROP_NO_PORT);
-	state = receive_open(skb, port);
+	state = PORT_STATE(READ_ONCE(port->word));
+	if (state == PORT_STAGED)
+		state = receive_open(skb, port);
 	if (state == PORT_STAGED || state == PORT_QUIESCED ||
 	    (state == PORT_ACTIVE && !(path & PATH_PASSED) && READ_ONCE(port->held_from))) {
 		reason = receive_hold(skb, port, state);
@@ -159,7 +174,7 @@ static __always_inline int receive(struct __sk_buff *skb, __u32 slot, __u32 path
 	if (state != PORT_ACTIVE)
 		return drop_at(skb, port, FROM_GUEST, DROP_NOT_ACTIVE);
 	tag = vlan_tag(skb);
-	network = receive_network(skb, port, tag);
+	network = tag ? receive_network(skb, port, tag) : port->network;
 	if (!network)
 		return drop_at(skb, port, FROM_GUEST,
 			       tag & VLAN_ID_MASK || vlan_tagged(skb) ? DROP_VLAN : DROP_NO_NETWORK);

@@ -106,6 +106,20 @@ static __always_inline int spoof_arp(struct __sk_buff *skb, struct port *port, c
 	return DROP_SPOOF_ARP;
 }
 
+/* A frame from the port's own MAC in which spoof_check() finds nothing, as nearly all; said with one look. */
+static __always_inline int spoof_is_plain(const struct port *port, const struct packet *pkt)
+{
+	if (pkt->l3 == L3_IPV4) {
+		if (spoof_dhcp_server(pkt, DHCP_SERVER, DHCP_CLIENT))
+			return 0;
+	} else if (pkt->l3 != L3_IPV6 || pkt->proto == IPPROTO_ICMPV6 || addr_is_zero(pkt->laddr) ||
+		   spoof_dhcp_server(pkt, DHCP6_SERVER, DHCP6_CLIENT)) {
+		return 0;
+	}
+	return (pkt->l3 == L3_IPV4 && pkt->laddr[3] && pkt->laddr[3] == READ_ONCE(port->address)) ||
+	       addr_is_owned(port->slot, pkt->laddr);
+}
+
 /* Returns enum drop_reason for a frame from the guest. `mac` is its source. */
 static __noinline int spoof_check(struct __sk_buff *skb, struct port *port, const struct packet *pkt, __u32 network,
 				  const __u8 mac[6])

@@ -107,7 +107,7 @@ struct port {
 	__u64 time_floor; /* expiry takes no entry as seen before this port time (full timeout after an activation) */
 	__u64 redirected; /* ktime of the last frame through the redirect */
 	__u32 slot;
-	__u32 ifindex;   /* device of the port; 0 none yet */
+	__u32 ifindex;   /* device of the port, whose element of `devices` then leads here; 0 none yet */
 	__u32 hold_to;   /* ifindex of the hold tap for frames towards the guest, 0 none */
 	__u32 hold_from; /* ifindex of the hold tap for frames from the guest, 0 none */
 	__u32 network;   /* index in `networks` of untagged frames */
@@ -122,7 +122,7 @@ struct port {
 	__u32 alarm_full;            /* connections refused because the table was full */
 	__u32 evicted;               /* connections evicted for a new one */
 	__u32 features;              /* enum port_feature, written by the agent */
-	__u32 pad;
+	__be32 address;              /* one of its IPv4 addresses in `addresses`, found without looking; 0 none */
 };
 
 /* What a device is to the switch: key of `devices` is the ifindex. */
@@ -331,7 +331,7 @@ struct ct_key {          /* from the VM's side, so that one look-up serves both 
 	__u8 type;
 	__u8 from; /* fragments: 1 from the guest */
 	__u8 pad;
-};
+} __attribute__((aligned(8)));
 
 /* word: state 0-7, flags 8-15, low half of the connection id 32-63, changed only by cmpxchg: what must agree is in it,
  * and a program that still holds a deleted element whose memory has another key now fails its cmpxchg. */

@@ -54,7 +54,7 @@ PORT = _structure(
         ("alarm_full", "<u4"),
         ("evicted", "<u4"),
         ("features", "<u4"),
-        ("pad", "<u4"),
+        ("address", ">u4"),
     ],
 )
 DEVICE = _structure("device", [("slot", "<u4"), ("role", "<u4")])

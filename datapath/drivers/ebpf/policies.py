@@ -150,6 +150,11 @@ def _indexes(values: np.ndarray) -> np.ndarray:
     return np.arange(len(values), dtype=U32)
 
 
+def first_ipv4(wanted: Sequence[str]) -> int:
+    """port.address: the first IPv4 address, 0 when there is none."""
+    return next((int(address) for address in map(ipaddress.ip_address, wanted) if address.version == 4), 0)
+
+
 def set_addresses(addresses: Table, slot: int, wanted: Sequence[str]) -> None:
     """Make `wanted` the addresses of the port in `slot` (anti-spoofing); other ports' stay.
 

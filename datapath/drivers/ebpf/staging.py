@@ -15,7 +15,7 @@ from datapath.drivers.ebpf.floods import Member
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.layout import CHANNEL, TRUNK_KEY, C
 from datapath.drivers.ebpf.ledger import PortEntry
-from datapath.drivers.ebpf.policies import set_addresses
+from datapath.drivers.ebpf.policies import first_ipv4, set_addresses
 from datapath.drivers.ebpf.records import checked_port, mac_bytes
 from datapath.drivers.ebpf.words import Word
 from datapath.errors import NotReady
@@ -95,7 +95,9 @@ class Staging:
         port["mtu"] = record["mtu"]
         for name, (index, default) in TIMEOUTS.items():
             port["timeouts"][index] = record["timeouts_ms"].get(name, default)
+        port["address"] = 0
         set_addresses(self._kernel.addresses, slot, record["addresses"])
+        port["address"] = first_ipv4(record["addresses"])
         self._set_trunks(slot, {int(vid): self._networks.index(name) for vid, name in record["trunk"].items()})
 
     def _set_trunks(self, slot: int, wanted: dict[int, int]) -> None:
@@ -257,6 +259,7 @@ class Staging:
         self._kernel.dirty.remove(slot)
         self._kinds.clear(slot)
         self._policies.clear(slot)
+        self._kernel.ports.view["address"][slot] = 0
         set_addresses(self._kernel.addresses, slot, ())
         self._set_trunks(slot, {})
         self._counters.clear(slot)
