@@ -180,7 +180,7 @@ def _new_connections(figures: Figures, made: list[Lane], rounds: int) -> None:
             if not FULL * limit <= (held := lane.switch.connections()) <= limit:
                 raise Unverified(f"{lane.switch.name}: {held} connections in a table for {limit}")
     rows = [
-        figures.add(f"new connections, table of {limit:,} full, {name}", "1/s of CPU", values)
+        figures.add(f"new connections, table of {limit:,} at its limit, {name}", "1/s of CPU", values)
         for name, values in cost.items()
     ]
     figures.ratio("new connections, this switch / bridge + nftables", rows[0], rows[1])
