@@ -6,11 +6,16 @@
 #include "lib/count.h"
 #include "lib/gate.h"
 #include "lib/maps.h"
+#include "lib/mirror_hold.h"
 #include "lib/receive.h"
 
 static __always_inline int from_hold_to(struct __sk_buff *skb, struct port *port)
 {
-	deliver(skb, port->slot, PATH_CLONE | PATH_PASSED | PATH_MOVED);
+	__u32 path = PATH_CLONE | PATH_PASSED | PATH_MOVED;
+
+	if (copy_take(skb))
+		path |= PATH_JUDGED;
+	deliver(skb, port->slot, path);
 	__sync_fetch_and_add(&port->held_to, -1);
 	return TC_ACT_SHOT;
 }

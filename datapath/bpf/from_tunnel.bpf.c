@@ -73,12 +73,14 @@ static __always_inline int from_tunnel_channel(struct __sk_buff *skb, struct tun
 static __always_inline int from_tunnel_copy(struct __sk_buff *skb, struct tunnel_origin *origin)
 {
 	struct mirror_name name = {.id = origin->id, .mark = origin->mark};
+	int result;
 
 	if (!bpf_map_lookup_elem(&host_index, &origin->from))
 		return drop_slot(skb, 0, TO_GUEST, DROP_TUNNEL_PEER);
-	if (mirror_here(skb, &name, 0) != TC_ACT_REDIRECT)
+	result = mirror_here(skb, &name, 0);
+	if (!mirror_done(result, 0))
 		return drop_slot(skb, 0, TO_GUEST, DROP_MIRROR);
-	return TC_ACT_REDIRECT;
+	return result == MIRROR_WAITS ? TC_ACT_SHOT : TC_ACT_REDIRECT;
 }
 
 SEC("tc")

@@ -269,16 +269,6 @@ def test_a_name_that_leads_nowhere_costs_the_copy(lab: Lab, slot: int) -> None:
     assert counted(lab, 1) == (0, 0, 2)
 
 
-def test_a_port_that_has_just_come_takes_copies_though_its_gate_is_shut(lab: Lab) -> None:
-    a, b = two(lab)
-    flags = MODEL.PORT_F_STATELESS | MODEL.PORT_F_AWAITS_SOURCE
-    monitor = lab.port(3, M, flags=flags, gate=MODEL.GATE_LOCAL | 1 << 8)
-    known(lab, NAME, 3)
-    to_port(lab, 1, NAME)
-    there, back = converse(a, b)
-    assert [monitor.receive(), monitor.receive()] == [there, back]
-
-
 def test_the_instance_that_runs_gets_the_copy(lab: Lab) -> None:
     """The VM has come back: the newer instance is staged, the older one still has the guest."""
     a, b = two(lab)

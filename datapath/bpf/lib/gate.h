@@ -138,7 +138,8 @@ __noinline int deliver(struct __sk_buff *skb, __u32 slot, __u32 path)
 		path |= PATH_PASSED;
 	}
 	if (!(path & (PATH_PASSED | PATH_JUDGED)) && (GATE_SHUT(gate) || READ_ONCE(port->held_to))) {
-		reason = hold(skb, &port->held_to, port->hold_to);
+		/* that tag is the switch's own there (mirror_hold.h): who forges it would get past the policy */
+		reason = vlan_is_copy(skb) ? DROP_VLAN : hold(skb, &port->held_to, port->hold_to);
 		if (reason)
 			return drop_at(skb, port, TO_GUEST, reason);
 		count_held(slot, TO_GUEST);

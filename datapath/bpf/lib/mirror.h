@@ -16,12 +16,11 @@
 #include "count.h"
 #include "maps.h"
 #include "mark.h"
+#include "mirror_hold.h"
 #include "mirror_maps.h"
 #include "packet.h"
 #include "tunnel.h"
 #include "vlan.h"
-
-#define MIRROR_FAILED -1 /* what sends returns this, an errno or a code of the device; or 0 or TC_ACT_REDIRECT */
 
 /* To `remote`. With PATH_CLONE 0 is success, else TC_ACT_REDIRECT. */
 static __noinline int mirror_tunnel(struct __sk_buff *skb, const __be32 remote[4], const struct mirror_name *name,
@@ -37,8 +36,7 @@ static __noinline int mirror_tunnel(struct __sk_buff *skb, const __be32 remote[4
 
 /*
  * To a port of this host whose guest runs, past its policy and its counters; or after it to the host that it moved to,
- * unless the copy has come after it already. What finds its guest between two hosts is lost: a copy that waited in a
- * hold tap could not be told from a frame for the guest.
+ * unless the copy has come after it already. What finds its guest between two hosts waits.
  */
 static __noinline int mirror_slot(struct __sk_buff *skb, __u32 slot, struct mirror_name *name, __u32 path)
 {
@@ -50,6 +48,11 @@ static __noinline int mirror_slot(struct __sk_buff *skb, __u32 slot, struct mirr
 	if (!port || !slot)
 		return MIRROR_FAILED;
 	gate = READ_ONCE(port->gate);
+	if (copy_waits(port, gate, name->mark & MARK_COPY_PASSED)) {
+		if (copy_hold(skb, port))
+			return MIRROR_FAILED;
+		return path & PATH_CLONE ? 0 : MIRROR_WAITS;
+	}
 	if (GATE_TARGET(gate) == GATE_REDIRECT && !(name->mark & MARK_COPY_PASSED)) {
 		index = port->remote;
 		remote = index ? bpf_map_lookup_elem(&hosts, &index) : NULL;
@@ -57,9 +60,6 @@ static __noinline int mirror_slot(struct __sk_buff *skb, __u32 slot, struct mirr
 		return remote ? mirror_tunnel(skb, remote->addr, name, path) : MIRROR_FAILED;
 	}
 	if (PORT_STATE(READ_ONCE(port->word)) != PORT_ACTIVE || GATE_TARGET(gate) != GATE_LOCAL || !port->ifindex)
-		return MIRROR_FAILED;
-	/* shut at a source: the guest is to empty its device. At a destination only what comes by itself waits */
-	if (GATE_SHUT(gate) && !(port_flags(port) & PORT_F_AWAITS_SOURCE))
 		return MIRROR_FAILED;
 	mark_set(skb, SKB_MARK_JUDGED);
 	return send_to(skb, port->ifindex, path);
@@ -75,7 +75,7 @@ static __always_inline int mirror_here(struct __sk_buff *skb, struct mirror_name
 	if (!here)
 		return MIRROR_FAILED;
 	result = mirror_slot(skb, here->newest, name, path);
-	return sent(result, path) || !here->older ? result : mirror_slot(skb, here->older, name, path);
+	return mirror_done(result, path) || !here->older ? result : mirror_slot(skb, here->older, name, path);
 }
 
 static __always_inline int mirror_to_port(struct __sk_buff *skb, const struct mirror *mirror, __u32 path)
@@ -83,7 +83,7 @@ static __always_inline int mirror_to_port(struct __sk_buff *skb, const struct mi
 	struct mirror_name name = {.id = mirror->id, .mark = mirror->mark};
 	int result = mirror_here(skb, &name, path);
 
-	if (sent(result, path) || addr_is_zero(mirror->remote))
+	if (mirror_done(result, path) || addr_is_zero(mirror->remote))
 		return result;
 	mark_set(skb, 0);
 	name.mark = mirror->mark;

@@ -14,6 +14,14 @@
 #define VLAN_UNKNOWN -1      /* tagged with what is not 802.1Q */
 #define VLAN_TAG     0x10000 /* there is a tag */
 
+/* The tag of a mirror's copy in a hold tap: a service tag with the id that IEEE 802.1Q reserves */
+#define VLAN_COPY 0x0fff
+
+static __always_inline int vlan_is_copy(struct __sk_buff *skb)
+{
+	return skb->vlan_present && skb->vlan_proto == bpf_htons(ETH_P_8021AD) && (skb->vlan_tci & 0xffff) == VLAN_COPY;
+}
+
 /* What a tag is besides its id: that it is there, priority and drop eligibility */
 #define VLAN_TAG_REST(tag) ((tag) >> 12)
 
