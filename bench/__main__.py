@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if os.geteuid():
         parser.error("needs root: the benchmarks load BPF programs into namespaces of their own")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made goes at the end of its block
     console = Console(width=140)
     failed = 0
     for name in arguments.name or NAMES:

@@ -27,6 +27,7 @@ import numpy as np
 
 from bench.agents import NEWS, host_name, mac_of, vm_of
 from bench.figures import Figures
+from bench.plot import Lines
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc
 
@@ -38,25 +39,33 @@ CLOCK_TICK = os.sysconf("SC_CLK_TCK")
 
 def measure(*, quick: bool) -> Figures:
     figures = Figures()
+    times = Lines("Until all hosts know a VM's new place", "hosts", "ms")
+    rate = Lines(f"Moves of one coordinator, {AT_ONCE} at once", "hosts", "moves/s")
     for hosts in (10, 50) if quick else (10, 100, 1_000):
-        asyncio.run(_one_size(figures, hosts, 5 if quick else 40, 40 if quick else 400))
+        asyncio.run(_one_size(figures, (times, rate), hosts, 5 if quick else 40, 40 if quick else 400))
+    figures.chart("places", times)
+    figures.chart("moves", rate)
     return figures
 
 
-async def _one_size(figures: Figures, hosts: int, alone: int, together: int) -> None:
+async def _one_size(figures: Figures, charts: tuple[Lines, Lines], hosts: int, alone: int, together: int) -> None:
     async with cluster(hosts) as bench:
         vms = await bench.declare(hosts // 2)
         delays = []
         for number in range(alone):
             delays += await bench.move(vms[number % len(vms)])
-        figures.add(f"{hosts:,} hosts: place known, p50", "ms", [1e3 * float(np.percentile(delays, 50))])
         budget = "<1000" if hosts == 1_000 else ""
-        figures.add(f"{hosts:,} hosts: place known, p99", "ms", [1e3 * float(np.percentile(delays, 99))], budget)
+        for percentile, bound in ((50, ""), (99, budget)):
+            value = 1e3 * float(np.percentile(delays, percentile))
+            figure = figures.add(f"{hosts:,} hosts: place known, p{percentile}", "ms", [value], bound)
+            charts[0].add(f"p{percentile}", hosts, figure)
         figures.add(f"{hosts:,} hosts: place known, worst of {len(delays):,}", "ms", [1e3 * max(delays)])
         cpu, began = bench.cpu_s(), time.monotonic()
         await bench.move_many(vms, together)
         lasted = time.monotonic() - began
-        figures.add(f"{hosts:,} hosts: moves, {AT_ONCE} at once", "moves/s", [together / lasted])
+        charts[1].add(
+            "moves/s", hosts, figures.add(f"{hosts:,} hosts: moves, {AT_ONCE} at once", "moves/s", [together / lasted])
+        )
         figures.add(f"{hosts:,} hosts: coordinator's CPU a move", "ms", [1e3 * (bench.cpu_s() - cpu) / together])
         figures.add(f"{hosts:,} hosts: coordinator's memory, peak", "MiB", [bench.memory_mib()])
 
