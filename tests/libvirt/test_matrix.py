@@ -89,5 +89,6 @@ def test_scenarios_come_to_every_point(theatre: Theatre) -> None:
     assert reached - SOMETIMES == {*CALLS, *_reached(PHASES), *_reached(MESSAGES)}
 
 
-def test_every_kind_of_fault_is_among_the_chosen() -> None:
+def test_every_kind_of_fault_is_among_the_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SHARE, raising=False)
     assert {case.fault.kind for case in cases()} == {fault.kind for fault in GUEST_FAULTS if fault.kind != "kill"}
