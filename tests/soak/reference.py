@@ -7,15 +7,15 @@ broken meanwhile. What is allowed by what was done:
 | done in the step | frames may be missing | late | moves may end |
 |---|---|---|---|
 | moves, aborts, failures of the hypervisor, suspends | none | none | as ordered; an abort may be too late |
-| the coordinator fails | none | none | complete or not at all |
+| the coordinator fails | none | none | complete or not at all; degraded [1] |
 | a guest stops by itself | as many as the report says, to that guest; from it [2] | none | complete |
 | an agent fails, none of its VMs moves | none | none | |
 | an agent fails at an end of a move | those of the VM that moves | too | degraded too [1] |
 | a host is cut off | those of machines that were there, or came | too | degraded too |
 | a port is removed, or restored | those of its VM | none | |
 
-[1] A guest that stops by itself does not wait for the agent of its source. When that is dead before it has sent the
-state, and the move is told to be degraded, its connections may end.
+[1] A guest that stops by itself does not wait for the agent of its source, nor for the coordinator to allow it to send
+the last of the state. When one of them is dead then, and the move is told to be degraded, its connections may end.
 [2] Nor for the switch of its destination to see its device there (docs/protocol.md, what is not promised): on a starved
 machine the first that it sends there go to a device that nobody looks after, one after the other.
 
@@ -180,7 +180,7 @@ class Model:
         if move.target in self.about("abort", "cancel"):
             may |= {"aborted"}
         if CONTROL in self.struck(*AGENT_FAULTS):
-            may |= {"aborted", "refused", ""}
+            may |= {"aborted", "refused", "", *({"degraded"} if "self_stop_ms" in behaviour else ())}
         if {source, destination} & self.struck(*FAULTS):
             may |= {"aborted", "refused", "degraded", ""}
         return may
@@ -191,7 +191,7 @@ class Model:
         self.may_be_lost[vm] += may_be_lost
         self.places[vm] = destination if outcome in MOVED else source
         alone = any(act.target == vm and "self_stop_ms" in dict(act.hypervisor) for act in self.step.acts)
-        if outcome == "degraded" and alone and source in self.struck(*AGENT_FAULTS):
+        if outcome == "degraded" and alone and {source, CONTROL} & self.struck(*AGENT_FAULTS):
             self.stateless.add(vm)
 
     def fate(self, group: Group) -> str:

@@ -69,6 +69,15 @@ def test_what_a_guest_that_stops_by_itself_may_lose() -> None:
         assert model.frames(flow).at_once == (guest == "v1")
 
 
+@pytest.mark.parametrize(("alone", "may"), [(True, True), (False, False)])
+def test_a_coordinator_that_stands_costs_only_a_guest_that_waits_for_nobody(alone: bool, may: bool) -> None:
+    behaviour = (("self_stop_ms", 100.0),) if alone else ()
+    move = Act("move", "v1", hops=(1,), hypervisor=behaviour)
+    model = Model()
+    model.begin(Step(1, "", (move, Act("freeze", "coordinator", for_ms=10_000))))
+    assert ("degraded" in model.outcomes(move, "h1", "h2")) == may
+
+
 @pytest.mark.parametrize(
     ("rules", "word"),
     [
