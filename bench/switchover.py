@@ -13,6 +13,7 @@ Both are told by the hypervisor's clock and the source agent's, which on one mac
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ STEADY_PER_S = 500
 UDP_TIMEOUT_MS = 2_000  # of connections that began and went no further: how many there are beside the table's
 MEMORY_MS = 20
 LATE_S = 5.0
+STAGE_MOVES, STAGE_S = 15, 60
 CHUNK = 1 << 20
 PARTS = ("hold", "idle_wait", "suspend", "quiesce", "drain", "final", "committed", "held_delivered")
 NETWORK = "blue"
@@ -123,14 +125,14 @@ def _report(figures: Figures, charts: dict[str, Lines], load: Load, moves: Moves
 
 
 def _moves(load: Load) -> Moves:
-    """Move a VM with this load that often."""
+    """Move a VM with this load that often; after some moves a fresh one, for a move keeps what began from ending."""
     moves = Moves()
-    with stage(load) as place:
-        at = "h1"
-        for _ in range(load.moves):
-            at = "h2" if at == "h1" else "h1"
-            _one(place, load, at, moves)
-        place.account(moves)
+    for first in range(0, load.moves, STAGE_MOVES):
+        with stage(load) as place:
+            hosts = itertools.cycle(("h2", "h1"))
+            for _ in range(min(STAGE_MOVES, load.moves - first)):
+                _one(place, load, next(hosts), moves)
+            place.account(moves)
     return moves
 
 
@@ -225,7 +227,7 @@ def stage(load: Load) -> Iterator[Stage]:
             [Port("02:00:00:00:00:01", NETWORK, ("10.1.0.1",), silent=("10.1.128.1",))],
             policy="bench",
             behaviour={"memory_ms": MEMORY_MS, "swallow": False},
-            connections_max=max(65_536, 2 * (load.entries + 4 * load.new)),
+            connections_max=max(65_536, 2 * load.entries + STAGE_S * load.new),
             timeouts_ms={"udp": UDP_TIMEOUT_MS},
         )
         outside = add_outsider(
