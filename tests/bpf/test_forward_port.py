@@ -69,3 +69,21 @@ def test_a_gso_frame_counts_as_its_segments(lab: Lab) -> None:
     headers = 14 + 20 + 8
     assert (lab.counted(1, "packets", 0), lab.counted(1, "bytes", 0)) == (4, 3500 + 4 * headers)
     assert a.waiting() == b.waiting() == []
+
+
+def test_a_device_goes_to_another_port_at_once(lab: Lab) -> None:
+    """In the agent's order: taken from the port, given in `devices`, told to the other port."""
+    lab.network(1)
+    lab.port(1, A)
+    lab.place(B, MODEL.L2_PORT, 2)
+    lab.set_port(2, B, ifindex=lab.veth()[0])
+    lab.set_port(3, C)
+    ifindex = lab.switch.get("ports", "port", 1).ifindex
+    lab.switch.run("from_port", datagram(B, A), ifindex, repeat=3)
+    assert lab.counted(1, "packets", 0) == 3
+    lab.change_port(1, ifindex=0)
+    lab.switch.put("devices", ifindex, MODEL.device(slot=3, role=MODEL.DEVICE_PORT))
+    lab.switch.run("from_port", datagram(B, C), ifindex)
+    lab.change_port(3, ifindex=ifindex)
+    lab.switch.run("from_port", datagram(B, C), ifindex, repeat=2)
+    assert (lab.counted(1, "packets", 0), lab.counted(3, "packets", 0)) == (3, 3)

@@ -29,6 +29,7 @@ from .model import MODEL
 
 OWN, FLOATING, LEARNED, PEER, STRANGER = mac(1), mac(2), mac(3), mac(0x77), mac(0x66)
 IP, IP6, LINK_LOCAL = "10.0.0.1", "2001:db8::1", "fe80::1"
+NAMED = "10.0.0.3"
 FORWARDED, DROPPED = 7, 2
 REASON = {value: name for name, value in MODEL.constants.items() if name.startswith("DROP_")}
 
@@ -252,3 +253,16 @@ def test_traces_tell_every_verdict(guest: Lab) -> None:
     ]
     assert bytes(events[0].data) == good[: MODEL.EVENT_BYTES]
     assert bytes(events[1].data)[: events[1].captured] == bad
+
+
+def test_the_address_that_the_port_names_is_its_own_and_no_other(guest: Lab) -> None:
+    """port.address: past the look-up, and gone with the agent's word."""
+    from_named = datagram(PEER, OWN, ip=(NAMED, "10.0.0.2"))
+    assert sent(guest, from_named) == "DROP_SPOOF_ADDRESS"
+    guest.change_port(1, address=int.from_bytes(address(NAMED)[12:], "little"))
+    assert sent(guest, from_named) == "passed"
+    assert sent(guest, datagram(PEER, OWN, ip=(IP, "10.0.0.2"))) == "passed"
+    assert sent(guest, datagram(PEER, OWN, ip=("10.0.0.4", "10.0.0.2"))) == "DROP_SPOOF_ADDRESS"
+    assert sent(guest, datagram(PEER, STRANGER, ip=(NAMED, "10.0.0.2"))) == "DROP_SPOOF_MAC"
+    guest.change_port(1, address=0)
+    assert sent(guest, from_named) == "DROP_SPOOF_ADDRESS"
