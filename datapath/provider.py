@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datapath.state.kind import Record, Table
+from datapath.errors import UnsupportedKind
+from datapath.state.kind import Columns, Record, Table
 
 
 @dataclass(frozen=True, order=True)
@@ -312,6 +313,14 @@ class Driver(abc.ABC):
     def load(self, ref: PortRef, table: Table) -> Loaded:
         """Apply a table (load, delete or account) to the instance. All or nothing for malformed input (LoadRejected);
         records that do not fit are counted in `rejected` by reason."""
+
+    def relabel(self, ref: PortRef, columns: Columns) -> int:
+        """Give connections another mark and label: key columns, `id`, `mark` and `label` of kind `conntrack`.
+
+        Each is judged again at its next packet. What has ended, or is another connection by now, is left out. Returns
+        how many have changed. Raises UnsupportedKind, LoadRejected, and NotReady for a port that is not active.
+        """
+        raise UnsupportedKind(f"driver {self.name} changes no labels of port {ref.mac}: {len(columns)} columns given")
 
     @abc.abstractmethod
     def track(self, ref: PortRef) -> None:

@@ -52,8 +52,8 @@ def checkpoint(driver: Driver, refs: Sequence[PortRef], source: str, *, codec: s
     if unknown:
         raise Incompatible(f"driver {driver.name} holds kind {unknown[0]}, which is not in the registry")
     need = driver.describe(refs)
-    used = held.keys() & need.kinds.keys()
-    kinds = {name: KindInfo(kind.version, not kind.required) for name, kind in KINDS.items() if name in used}
+    used = {name: need.kinds[name] for name in KINDS if name in held and name in need.kinds}
+    kinds = {name: KindInfo(version, not KINDS[name].required) for name, version in used.items()}
     header = Header(
         vm=vms.pop(),
         source=source,

@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from datapath.registry import KINDS
+from datapath.state import labels
 from datapath.state.conntrack import TIMEOUTS
 from datapath.state.document import Document
 from datapath.state.kind import Record
@@ -157,6 +158,8 @@ Name = Annotated[str, AfterValidator(_name)]
 OptionalName = Annotated[str, AfterValidator(lambda value: value and _name(value))]
 Vm = Annotated[str, AfterValidator(_vm)]
 Mac = Annotated[str, AfterValidator(_mac)]
+Mark = Annotated[str, BeforeValidator(_text), AfterValidator(labels.mark)]
+Label = Annotated[str, BeforeValidator(_text), AfterValidator(labels.label)]
 Mtu = Annotated[int, AfterValidator(_mtu)]
 Device = Annotated[str, AfterValidator(_device)]
 
@@ -210,6 +213,10 @@ class Rule(_Model):
     icmp: Annotated[str, BeforeValidator(_text), AfterValidator(_icmp)] = ""
     action: Literal["allow", "drop", "reject"]
     log: bool = False
+    mark: Mark = ""
+    label: Label = ""
+    set_mark: Mark = ""
+    set_label: Label = ""
 
     @model_validator(mode="after")
     def _protocol_fits(self) -> Rule:
@@ -217,6 +224,8 @@ class Rule(_Model):
             raise ValueError(f"ports are for protocol tcp or udp, this rule's is {self.protocol}")
         if self.icmp and self.protocol not in ("icmp", "icmpv6"):
             raise ValueError(f"icmp is for protocol icmp or icmpv6, this rule's is {self.protocol}")
+        if (self.set_mark or self.set_label) and self.action != "allow":
+            raise ValueError(f"set_mark and set_label are for action allow, this rule's is {self.action}")
         return self
 
 

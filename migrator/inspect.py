@@ -72,6 +72,8 @@ def rows(table: Table, limit: int | None = None) -> Iterator[Record]:
 
 def _shown(column: Column, array: NDArray[Any]) -> list[Any]:
     values: list[Any] = array.tolist()
+    if column.number:
+        return [hex(int.from_bytes(value, "big")) for value in values]
     show = _SHOW.get(column.dtype)
     if show:
         return [show(value) for value in values]

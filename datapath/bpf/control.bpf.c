@@ -108,6 +108,42 @@ int ct_fill(struct ct_batch *context)
 	return batch_run(context, fill_one, 1);
 }
 
+static long relabel_one(__u32 index, struct batch *batch)
+{
+	struct exchange *element = exchange_at(index);
+	struct ct_entry *entry;
+	struct ct_key key;
+
+	if (!element)
+		return 1;
+	key = element->key;
+	entry = bpf_map_lookup_elem(batch->table, &key);
+	element->found = entry && key.type == CT_TYPE_CONNECTION && ct_is_live(READ_ONCE(entry->word)) &&
+			 READ_ONCE(entry->id) == element->entry.id;
+	if (!entry || !element->found)
+		return 0;
+	WRITE_ONCE(entry->mark, element->entry.mark);
+	WRITE_ONCE(entry->label[0], element->entry.label[0]);
+	WRITE_ONCE(entry->label[1], element->entry.label[1]);
+	/* whatever it was judged under: another number now, so that a packet which judges at this moment does not set
+	 * it */
+	__sync_fetch_and_add(&entry->judged, 1);
+	mark_dirty(batch->slot, &key);
+	batch->found++;
+	return 0;
+}
+
+/*
+ * struct ct_batch. Gives the connections of the first `count` elements of `exchange`, those that are there with the
+ * `id` of `entry`, its mark and label: they are judged again at their next packet. `found` as for ct_settle. The port
+ * is ACTIVE.
+ */
+SEC("syscall")
+int ct_relabel(struct ct_batch *context)
+{
+	return batch_run(context, relabel_one, 1);
+}
+
 /*
  * struct ct_sweep. Expiry in two passes. A live entry whose last packet (or the port's floor, if later) is older than
  * its timeout becomes DYING: absent to packets, which may revive it. What an earlier sweep marked is deleted, unless a

@@ -2,6 +2,9 @@
 
 Rules are stateful: they judge the first packet of a connection, in the direction in which it begins. The rule with the
 lowest `priority` that matches wins; of equals, the first in the list. What no rule matches is dropped.
+
+A rule may match the mark and the label that a connection has when it is judged again, and may give them to one that it
+lets in (`LABELS`, docs/labels.md). Those fields are in a record only where they are used.
 """
 
 from __future__ import annotations
@@ -11,12 +14,15 @@ import json
 from collections.abc import Sequence
 
 from datapath.state.kind import Kind, Nature, Record
+from datapath.state.labels import LABEL_BITS, MARK_BITS
 
 ACCOUNTING = ("hits", "hit_bytes")
+LABELS = {"mark": MARK_BITS, "label": LABEL_BITS, "set_mark": MARK_BITS, "set_label": LABEL_BITS}
+"""Fields with VALUE or VALUE/MASK of so many bits; see `datapath.state.labels`."""
 
 ACL = Kind(
     name="acl",
-    version=1,
+    version=2,
     nature=Nature.CONFIGURATION | Nature.ACCOUNTING,
     key=("id",),
     fields={
@@ -31,7 +37,12 @@ ACL = Kind(
         "log": (bool,),
         "hits": (int,),  # accounting: connections begun or packets dropped by this rule
         "hit_bytes": (int,),  # accounting
+        "mark": (str,),  # only a connection whose mark is so; one that begins has 0
+        "label": (str,),  # the same of its label
+        "set_mark": (str,),  # allow: what a connection gets that begins by this rule
+        "set_label": (str,),
     },
+    since=dict.fromkeys(LABELS, 2),
     accounting=ACCOUNTING,
     choices={"direction": frozenset({"from", "to"}), "action": frozenset({"allow", "drop", "reject"})},
 )

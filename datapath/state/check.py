@@ -60,7 +60,7 @@ def _checked_record(kind: Kind, op: Op, record: Record, where: str) -> Record:
     full = {name: value for name, value in record.items() if name in kind.fields}
     if op.whole:
         full.update({name: deepcopy(value) for name, value in kind.defaults.items() if name not in full})
-    needed = set(kind.key) if not op.whole else set(kind.fields) - {*kind.accounting, *kind.live}
+    needed = set(kind.key) if not op.whole else set(kind.fields) - kind.optional
     for name in sorted(needed - set(full)):
         raise _rejected(kind, f"{where} lacks {name}")
     for name, value in full.items():

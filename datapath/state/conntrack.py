@@ -29,6 +29,9 @@ INBOUND = 1 << 2
 LEARNED = 1 << 3
 FLAGS = {REPLIED: "REPLIED", ASSURED: "ASSURED", INBOUND: "INBOUND", LEARNED: "LEARNED"}
 
+RELABELLED = ("id", "mark", "label")
+"""What a change of marks and labels names beside the key: the id, so that it is the connection that was meant."""
+
 ALARM_PERCENT = 80  # a table that is fuller is reported to the operator
 
 WINDOW_FLAGS = {
@@ -63,7 +66,8 @@ CONNTRACK = Kind(
         "age_ns": Column("<u8", 0, volatile=True),  # since the last packet, at the table's port_time_ns
         "id": Column("<u8"),
         "judged": Column("<u4", 0, volatile=True),  # digest of the policy it was judged under, 0: judge again
-        "mark": Column("<u4", 0),
+        "mark": Column("<u4", 0),  # this and `label` by a rule that let it in, or by an operator: docs/labels.md
+        "label": Column("V16", bytes(16), number=True, sparse=True),
         # TCP, at a port with kind window; sequence numbers are those of the wire. Left out where no connection has any
         "window_flags": Column("u1", 0, volatile=True, values=frozenset(range(32)), bits=WINDOW_FLAGS),
         "window_scale_from": Column("u1", 0, volatile=True, values=frozenset(range(16))),  # shift count, or NO_SCALE

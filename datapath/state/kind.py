@@ -8,7 +8,7 @@ field, all of one length, so that packing is a copy and unpacking a view.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -54,12 +54,16 @@ class Column:
     `default` None: the column is required. `values`: what it may hold, empty for anything. For people: `labels` names
     values, `bits` names bits. `volatile`: it changes by itself or at every packet, so that a watch tells it with other
     changes, but is not told of its own.
+    `number`: a `V16` that is no address but a number, big-endian. `sparse`: a section in which all values are zero has
+    no such column.
     """
 
     dtype: str
     default: int | bytes | None = None
     accounting: bool = False
     volatile: bool = False
+    number: bool = False
+    sparse: bool = False
     values: frozenset[int] = frozenset()
     labels: Mapping[int, str] = field(default_factory=dict)
     bits: Mapping[int, str] = field(default_factory=dict)
@@ -108,7 +112,9 @@ class Kind:
     operator writes for the kind at a port; None: it is not declared so. `announced` is the field with an address that
     the network looks for at the port: where the VM opens it is announced as the port's own are. `part_of` names the
     kind without which a port has nothing of this one. `claim` has what no two ports may declare. `late`: a guest that
-    had to begin without gets its records afterwards, by tables to fill.
+    had to begin without gets its records afterwards, by tables to fill. `since` names fields of records that a later
+    version than the first brought: a record has them only where they are used, and is then one of that version
+    (`version_of`).
     """
 
     name: str
@@ -127,11 +133,24 @@ class Kind:
     part_of: str = ""
     claim: Claim | None = None
     late: bool = False
+    since: Mapping[str, int] = field(default_factory=dict)
 
     def bare(self, record: Record) -> Record:
         """The record as it is configured: without what is counted and what the switch changes."""
         moving = {*self.accounting, *self.live}
         return {name: value for name, value in record.items() if name not in moving}
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Fields that a record to load may lack: what is counted or live, and what not every record uses."""
+        return frozenset((*self.accounting, *self.live, *self.since))
+
+    def version_of(self, records: Iterable[Record]) -> int:
+        """Version that a reader of these records has to know."""
+        if not self.since:
+            return self.version
+        used = {name for record in records for name in self.since if name in record}
+        return max((self.since[name] for name in used), default=min(self.since.values()) - 1)
 
     def key_of(self, record: Record) -> tuple[Any, ...]:
         """What identifies a record of the kind within its port."""

@@ -13,6 +13,7 @@ from datapath.provider import PortRef, PortState, PortStatus
 from migrator import protocol
 from migrator._pb import migrator_pb2 as pb
 from migrator._pb import migrator_pb2_grpc as rpc
+from migrator.agent.relabelling import Relabelling
 from migrator.agent.restoring import replace
 from migrator.checkpoint import Restored, checkpoint
 from migrator.coordinator.rpc import reported
@@ -151,6 +152,16 @@ class AgentService(rpc.AgentServicer):
         async with reported(context):
             async for event in self._agent.traces.look(request.vm, request.mac):
                 yield event
+
+    async def Relabel(self, request: pb.RelabelRequest, context: Any) -> pb.RelabelReply:  # noqa: N802
+        async with reported(context):
+            change = Relabelling(request)
+            refs = [ref for ref in await refs_of(self._agent, request.vm) if request.mac in ("", ref.mac)]
+            if not refs:
+                raise PortNotFound(f"VM {request.vm} has no port {request.mac} on {self._agent.host}")
+            for ref in refs:
+                await self._agent.around.call(request.vm, change.carry_out, self._agent.driver, ref)
+            return pb.RelabelReply(matched=change.matched, changed=change.changed)
 
     async def Remains(self, request: pb.Empty, context: Any) -> pb.RemainsReply:  # noqa: N802, ARG002
         async with reported(context):

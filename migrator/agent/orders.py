@@ -10,6 +10,7 @@ import msgpack
 from datapath.errors import LoadRejected
 from datapath.provider import Need, Network, NetworkKind, Place, PortRef
 from datapath.registry import KINDS
+from datapath.state.acl import LABELS
 from datapath.state.check import checked_records
 from datapath.state.kind import Kind, Op, Record, Table
 from migrator._pb import migrator_pb2 as pb
@@ -109,6 +110,7 @@ def _rule(rule: pb.Rule) -> Record:
         "icmp": [int(part) for part in rule.icmp.split("/")] if rule.icmp else [],
         "action": rule.action,
         "log": rule.log,
+        **{name: text for name in LABELS if (text := getattr(rule, name))},
     }
 
 

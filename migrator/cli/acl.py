@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from datapath.state.acl import LABELS
 from migrator import config
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.apply import apply as apply_command
@@ -16,7 +17,7 @@ from migrator.cli.local import dump, find_ports
 from migrator.errors import ObjectNotFound
 from migrator.table import plain, print_json, print_table
 
-_RULE_COLUMNS = ("ID", "PRIO", "DIRECTION", "PROTOCOL", "REMOTE", "PORTS", "ICMP", "ACTION", "LOG")
+_RULE_COLUMNS = ("ID", "PRIO", "DIRECTION", "PROTOCOL", "REMOTE", "PORTS", "ICMP", "ACTION", "LOG", "LABELS")
 
 
 @click.group(cls=Group)
@@ -39,6 +40,10 @@ acl.add_command(apply_command)
 @click.option("--ports", multiple=True, metavar="PORT[-PORT]", help="Destination ports; default any.")
 @click.option("--icmp", metavar="TYPE[/CODE]", help="ICMP type and code; default any.")
 @click.option("--log", is_flag=True, default=None, help="Report what it matches.")
+@click.option("--mark", metavar="VALUE[/MASK]", help="Only connections that have this mark when they are judged again.")
+@click.option("--label", metavar="VALUE[/MASK]", help="The same of the label.")
+@click.option("--set-mark", metavar="VALUE[/MASK]", help="What it lets in gets this mark.")
+@click.option("--set-label", metavar="VALUE[/MASK]", help="What it lets in gets this label.")
 @pass_context
 def add(context: Context, /, policy: str, **fields: Any) -> None:
     """Add a rule to a policy, which is made if need be. Without --direction and --action: an empty policy, which
@@ -82,7 +87,21 @@ def show(context: Context, word: str) -> None:
 
 def _rule_row(rule: pb.Rule) -> Sequence[object]:
     lists = (list(rule.remote) or "any", list(rule.ports))
-    return rule.id, rule.priority, rule.direction, rule.protocol or "any", *lists, rule.icmp, rule.action, rule.log
+    return (
+        rule.id,
+        rule.priority,
+        rule.direction,
+        rule.protocol or "any",
+        *lists,
+        rule.icmp,
+        rule.action,
+        rule.log,
+        _labels(plain(rule)),
+    )
+
+
+def _labels(fields: dict[str, Any]) -> list[str]:
+    return [f"{name}={fields[name]}" for name in LABELS if fields.get(name)]
 
 
 def _show_applied(context: Context, word: str) -> None:
@@ -113,6 +132,7 @@ def _record_row(record: dict[str, Any]) -> Sequence[object]:
         icmp,
         record.get("action", ""),
         record.get("log", False),
+        _labels(record),
         record["hits"],
         record["hit_bytes"],
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from datapath.registry import KINDS
+from migrator._pb import migrator_pb2 as pb
 from migrator.cli.context import Context, Group, complete, pass_context
 from migrator.cli.local import dump, find_ports
 from migrator.inspect import rows
 from migrator.table import print_json
+from migrator.watching.match import parse
 
 _KIND = KINDS["conntrack"]
 
@@ -38,6 +41,44 @@ def list_(context: Context, word: str) -> None:
                 click.echo(line(record))
 
 
+@conntrack.command("set-label")
+@click.argument("word", metavar="VM|PORT", shell_complete=complete("vm"))
+@click.option("--mark", default="", metavar="VALUE[/MASK]", help="Its 32 bits, or those of the mask.")
+@click.option("--label", default="", metavar="VALUE[/MASK]", help="Its 128 bits, or those of the mask.")
+@click.option(
+    "--match",
+    "matches",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Only connections of which this holds, or FIELD!=VALUE; several times: all. As of `migrator watch`.",
+)
+@click.option("--all", "every", is_flag=True, help="All connections.")
+@pass_context
+def set_label(context: Context, word: str, mark: str, label: str, matches: Sequence[str], every: bool) -> None:
+    """Give connections of a VM on this host another mark or label. Each is judged again at its next packet."""
+    if every == bool(matches):
+        raise click.UsageError("either --match or --all")
+    wanted = [parse(text) for text in matches]
+    ports = find_ports(context, word)
+    whole = word in (ports[0].vm, ports[0].name)
+    matched = changed = 0
+    for port in ports[:1] if whole else ports:
+        reply = context.agent.Relabel(
+            pb.RelabelRequest(
+                vm=port.vm,
+                mac="" if whole else port.mac,
+                matches=[pb.FieldMatch(field=one.field, values=one.values, negated=one.negated) for one in wanted],
+                mark=mark,
+                label=label,
+            )
+        )
+        matched, changed = matched + reply.matched, changed + reply.changed
+    if context.json:
+        print_json({"matched": matched, "changed": changed})
+    else:
+        click.echo(f"{changed} of {matched} connections changed")
+
+
 def line(record: dict[str, Any]) -> str:
     """One connection: `tcp ESTABLISHED 192.0.2.1:443 <- 198.51.100.7:40000 [REPLIED] [ASSURED] …`."""
     flags = record.get("flags", [])
@@ -49,7 +90,8 @@ def line(record: dict[str, Any]) -> str:
         if f"packets_{way}" in record
     ]
     marks = [f"[{flag}]" for flag in flags if flag != "INBOUND"]
-    mark = [f"mark={record['mark']}"] if record.get("mark") else []
+    mark = [f"mark={record['mark']:#x}"] if record.get("mark") else []
+    mark += [f"label={record['label']}"] if record.get("label", "0x0") != "0x0" else []
     idle = [f"idle {record['age_ns'] / 1e9:.1f} s"] if "age_ns" in record else []
     return " ".join([str(record["proto"]), str(record["state"]), ends, *marks, *mark, *counted, *idle])
 

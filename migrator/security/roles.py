@@ -41,6 +41,7 @@ METHODS: Mapping[str, tuple[tuple[Role, ...], str]] = {
     "Agent/Restore": ((_OPERATOR,), ""),
     "Agent/Trace": ((_OPERATOR,), ""),
     "Agent/Remains": ((_OPERATOR, _VIEWER), ""),
+    "Agent/Relabel": ((_OPERATOR,), ""),
     "State/Watch": ((_OPERATOR,), ""),
 }
 

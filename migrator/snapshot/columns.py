@@ -54,6 +54,7 @@ def check_columns(kind: Kind, op: Op, columns: Mapping[str, NDArray[Any]]) -> in
 def encode_columns(kind: Kind, op: Op, columns: Mapping[str, NDArray[Any]]) -> Iterator[tuple[int, bytes]]:
     """Bodies for `columns`, each with the number of its records. Raises SnapshotError before the first one."""
     count = check_columns(kind, op, columns)
+    columns = {name: array for name, array in columns.items() if not _is_void(kind.columns[name], array)}
     width = sum(array.dtype.itemsize for array in columns.values())
     rows = min((BODY_BYTES - _OVERHEAD * (len(columns) + 1)) // max(width, 1), ROWS_MAX)
     for start in range(0, count, rows):
@@ -62,6 +63,10 @@ def encode_columns(kind: Kind, op: Op, columns: Mapping[str, NDArray[Any]]) -> I
             for name, array in columns.items()
         }
         yield min(rows, count - start), pack(part)
+
+
+def _is_void(column: Column, array: NDArray[Any]) -> bool:
+    return column.sparse and not np.ascontiguousarray(array).view(np.uint8).any()
 
 
 def decode_columns(kind: Kind, op: Op, body: object, count: int) -> Columns:

@@ -63,7 +63,8 @@ def _decoded(kind: Kind, op: Op, record: object) -> Record:
 
 def _checked(kind: Kind, op: Op, record: Mapping[str, Any], error: type[SnapshotError]) -> Record:
     """`record` as it is, with every field of a type that the kind allows and none missing that `op` needs."""
-    needed = kind.fields.keys() - set(kind.accounting) - set(kind.defaults) if op.whole else kind.key
+    optional = {*kind.accounting, *kind.since, *kind.defaults}
+    needed = kind.fields.keys() - optional if op.whole else kind.key
     for name in sorted(needed):
         if name not in record:
             raise error(f"a record of kind {kind.name} lacks it", field=name)

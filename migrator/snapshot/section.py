@@ -89,6 +89,7 @@ def encode_table(
     kind = kinds.get(table.kind)
     if kind is None:
         raise SnapshotError(f"no kind {table.kind!r} is known", hint=f"known: {', '.join(kinds)}")
+    version = kind.version if table.records is None else kind.version_of(table.records)
     compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True) if codec == "zstd" else None
     for count, body in _bodies(kind, table):
         packed = compressor.compress(body) if compressor else body
@@ -97,7 +98,7 @@ def encode_table(
             {
                 "object": "section",
                 "kind": kind.name,
-                "version": kind.version,
+                "version": version,
                 **({} if kind.required else {"optional": True}),
                 "op": str(table.op),
                 "round": round,

@@ -142,7 +142,7 @@ class SnapshotReader:
 
     def _check(self, section: Section) -> None:
         info = self.header.kinds.get(section.kind)
-        if info is None or info.version != section.version:
+        if info is None or info.version < section.version:
             raise Corrupt("the header does not announce this kind in this version", field="kind")
         if section.port not in self.header.ports:
             raise Corrupt(f"the header does not announce port {section.port}", field="port")

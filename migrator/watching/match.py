@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from datapath.registry import KINDS
 from datapath.state.kind import Column, Kind, Record, Table
+from datapath.state.labels import LABEL_BITS
+from datapath.state.labels import parse as parse_masked
 from migrator.errors import ConfigInvalid
 from migrator.watching.compare import identity, told
 
@@ -98,6 +100,8 @@ def _any(tests: Sequence[Test]) -> Test:
 
 
 def _of_column(column: Column, name: str, value: str) -> Test:
+    if column.number:
+        return _wide(name, value)
     if column.dtype == "V16":
         return _address(name, value)
     if column.dtype == "V6":
@@ -124,6 +128,15 @@ def _number(name: str, value: str, labels: Sequence[str] = ()) -> Test:
     return lambda values: values == number
 
 
+def _wide(name: str, value: str) -> Test:
+    try:
+        number, bits = parse_masked(value, LABEL_BITS)
+    except ValueError as error:
+        raise ConfigInvalid(f"match: {name}: {error}, not {value!r}") from None
+    wanted, mask = (np.frombuffer(one.to_bytes(16, "big"), np.uint8) for one in (number, bits))
+    return _masked(wanted, mask)
+
+
 def _address(name: str, value: str) -> Test:
     try:
         network = ipaddress.ip_network(value, strict=False)
@@ -133,8 +146,10 @@ def _address(name: str, value: str) -> Test:
     packed = network.network_address.packed if wide else b"\0" * 10 + b"\xff\xff" + network.network_address.packed
     bits = network.prefixlen + (0 if wide else _MAPPED)
     mask = np.frombuffer(((1 << 128) - (1 << (128 - bits))).to_bytes(16, "big"), np.uint8)
-    wanted = np.frombuffer(packed, np.uint8) & mask
+    return _masked(np.frombuffer(packed, np.uint8) & mask, mask)
 
+
+def _masked(wanted: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Test:
     def test(values: NDArray[Any]) -> Mask:
         raw = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), 16)
         same: Mask = ((raw & mask) == wanted).all(axis=1)

@@ -199,7 +199,8 @@ class Beside:
             else:
                 name = ("connection", *ends, *ports, key.proto)
                 digests = {one.digest: number for number, one in enumerate(self._compiled)}
-                found[name] = (state, flags, digests.get(entry.judged), list(entry.packets), list(entry.bytes))
+                words = (entry.mark, int.from_bytes(bytes(entry.label), "big"))
+                found[name] = (state, flags, digests.get(entry.judged), list(entry.packets), list(entry.bytes), words)
         return found
 
 
@@ -208,7 +209,7 @@ def _expected(reference: Reference) -> dict[Any, Any]:
 
 
 def _entry(entry: Entry) -> tuple[Any, ...]:
-    return (entry.state, entry.flags, entry.judged, entry.packets, entry.bytes)
+    return (entry.state, entry.flags, entry.judged, entry.packets, entry.bytes, entry.words)
 
 
 def _difference(here: Any, there: Any) -> str:

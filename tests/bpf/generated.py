@@ -248,4 +248,8 @@ def _rule(chance: random.Random, number: int, **fields: Any) -> dict[str, Any]:
         made["ports"] = chance.choice([[[80, 80]], [[0, 1023]], [[40000, 65535], [53, 53]]])
     if protocol in ("icmp", "icmpv6") and chance.random() < 0.5:
         made["icmp"] = chance.choice([[8], [8, 0], [128], [128, 0], [13], [42, 1], [150]])
+    if not fields and chance.random() < 0.3:
+        made |= chance.choice([{"mark": "1/1"}, {"label": "0x30/0xf0"}, {"mark": "0/2", "label": "0"}, {"mark": "3"}])
+    if made["action"] == "allow" and chance.random() < 0.5:
+        made |= chance.choice([{"set_mark": "3"}, {"set_mark": "1/5"}, {"set_label": "0x30/0xff"}])
     return {**made, **fields}

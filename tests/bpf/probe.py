@@ -224,5 +224,10 @@ def load_policy(switch: Switch, generation: int, compiled: Compiled) -> None:
     for index, bits in enumerate(compiled.matrix, 1):
         matrix.update(struct.pack("=I", index), bits.tobytes())
     ranked = switch.inner("acl_rules", generation, "acl_list", max(1, len(compiled.ids)))
-    for index, (number, action, log) in enumerate(zip(compiled.ids, compiled.actions, compiled.logs, strict=True)):
-        ranked.update(struct.pack("=I", index), struct.pack("=IBBH", number, action, log, 0))
+    columns = (compiled.ids, compiled.actions, compiled.logs, compiled.labels)
+    for index, (number, action, log, label) in enumerate(zip(*columns, strict=True)):
+        ranked.update(struct.pack("=I", index), struct.pack("=IBBH", number, action, log, label))
+    if compiled.labels.any():
+        spoken = switch.inner("acl_labels", generation, "acl_label_list", len(compiled.label_table))
+        for index, element in enumerate(compiled.label_table):
+            spoken.update(struct.pack("=I", index), element.tobytes())

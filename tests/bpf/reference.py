@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .rules import matches
+from .rules import decides
 from .segments import Malformed, Packet, is_link_local, options_name, parse
 
 FROM, TO = 0, 1
@@ -55,6 +55,7 @@ class Entry:
     packets: list[int] = field(default_factory=lambda: [0, 0])
     bytes: list[int] = field(default_factory=lambda: [0, 0])
     ports: tuple[int, int] = (0, 0)
+    words: tuple[int, int] = (0, 0)  # mark and label
 
 
 @dataclass
@@ -83,6 +84,7 @@ class Reference:
         self.hits: Counter[int] = Counter()
         self.hit_bytes: Counter[int] = Counter()
         self.would_drop = 0
+        self._given = (0, 0)  # mark and label that the last verdict gives to what begins
         self.learned: set[tuple[bool, bytes]] = set()  # in the network of tagged frames?, MAC
         self.passed = [0, 0]
         self.passed_bytes = [0, 0]
@@ -311,7 +313,7 @@ class Reference:
             reason = self._verdict(packet, direction)
             if reason:
                 return reason
-        entry = Entry(opening, flags | (INBOUND if opener == TO else 0), self.policy)
+        entry = Entry(opening, flags | (INBOUND if opener == TO else 0), self.policy, words=self._given)
         self._touch(entry, packet, direction)
         self.table[packet.key] = entry
         return ""
@@ -338,7 +340,7 @@ class Reference:
         """A connection from before a change of the policy is judged again, as the direction that opened it."""
         if entry.judged == self.policy:
             return ""
-        reason = self._verdict(packet, TO if entry.flags & INBOUND else FROM, again=True)
+        reason = self._verdict(packet, TO if entry.flags & INBOUND else FROM, entry)
         if not reason:
             entry.judged = self.policy
         elif self.setting.learning:
@@ -348,9 +350,9 @@ class Reference:
             del self.table[packet.key]
         return reason
 
-    def _verdict(self, packet: Packet, direction: int, *, again: bool = False) -> str:
-        """The first rule in order of priority that matches; without one, dropped. `again`: a connection goes on."""
-        rule = next((rule for rule in self._ranked[self.policy] if matches(rule, packet, direction)), None)
+    def _verdict(self, packet: Packet, direction: int, again: Entry | None = None) -> str:
+        """The first rule in order of priority that matches; without one, dropped. `again`: this connection goes on."""
+        rule, self._given = decides(self._ranked[self.policy], packet, direction, again.words if again else (0, 0))
         if again and rule and rule["action"] == "allow":
             return ""
         number = rule["id"] if rule else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .segments import ICMP, ICMPV6, TCP, TO, UDP, Packet
@@ -29,6 +29,35 @@ def matches(rule: Mapping[str, Any], packet: Packet, direction: int) -> bool:
         kind = packet.policy_icmp
         return rule["icmp"] == list(kind[: len(rule["icmp"])])
     return True
+
+
+Words = tuple[int, int]
+"""Mark and label of a connection."""
+
+
+def decides(
+    ranked: Iterable[Mapping[str, Any]], packet: Packet, direction: int, words: Words
+) -> tuple[Mapping[str, Any] | None, Words]:
+    """The first rule that matches, and what a connection with these words has after it began by the rule."""
+    for rule in ranked:
+        if matches(rule, packet, direction) and all(
+            word & _mask(rule.get(name, "0/0")) == _value(rule.get(name, "0/0"))
+            for word, name in zip(words, ("mark", "label"), strict=True)
+        ):
+            mark, label = (
+                word & ~_mask(rule.get(name, "0/0")) | _value(rule.get(name, "0/0"))
+                for word, name in zip(words, ("set_mark", "set_label"), strict=True)
+            )
+            return rule, (mark, label)
+    return None, words
+
+
+def _value(text: str) -> int:
+    return int(text.partition("/")[0], 0)
+
+
+def _mask(text: str) -> int:
+    return int(text.partition("/")[2] or "-1", 0)
 
 
 @functools.cache

@@ -125,6 +125,9 @@ def _conntrack(count: int) -> Table:
     for seed, name in enumerate((name for name in columns if name.endswith(("_from", "_to"))), start=20):
         if columns[name].dtype == "<u4":
             columns[name] = _random(seed, 0, 1 << 32, count).astype("<u4")
+    label = np.zeros((count, 2), ">u8")
+    label[::3, 0], label[::5, 1] = 1 << 63, 0x77
+    columns["label"] = label.view("V16").ravel()
     for seed, name in enumerate(("packets_from", "packets_to"), start=4):
         columns[name] = _random(seed, 1, 10_000, count)
     for seed, name in enumerate(("bytes_from", "bytes_to"), start=6):

@@ -131,8 +131,10 @@ def test_encoding_and_decoding_loop_over_no_entries() -> None:
 
 
 def test_bytes_per_connection() -> None:
-    """Budget: 110 bytes raw, 25 compressed without the columns that are only counted."""
-    whole = sample("conntrack", 100_000)
+    """Budget without what few connections have: 110 bytes raw, 25 compressed without what is only counted."""
+    every = sample("conntrack", 100_000).columns or {}
+    few = {name for name in every if name == "label" or name.startswith("window_")}
+    whole = Table("conntrack", columns={name: array for name, array in every.items() if name not in few})
     counted = {name for name, column in KINDS["conntrack"].columns.items() if column.accounting}
     live = Table("conntrack", columns={name: a for name, a in (whole.columns or {}).items() if name not in counted})
     assert sum(map(len, encode_table(whole, MAC))) / len(whole) <= 110

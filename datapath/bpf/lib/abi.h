@@ -82,6 +82,7 @@ union abi {
 	struct acl_group acl_group;
 	struct acl_shape acl_shape;
 	struct acl_rule acl_rule;
+	struct acl_label acl_label;
 	struct hits_key hits_key;
 	struct hits hits;
 	enum window_flag window_flag;

@@ -8,30 +8,16 @@
 #pragma once
 
 #include "atomic.h"
+#include "bits.h"
 #include "event.h"
 #include "maps.h"
 #include "packet.h"
 
-#define ACL_GROUPS_MAX      64
-#define ACL_GROUP_RULES     256
-#define ACL_INTERVAL_STEPS  18 /* 2^17 intervals and one */
-#define ACL_NO_RULE         (~0u)
-#define ACL_GONE            (~1u) /* the generation was replaced and taken away meanwhile */
-
-#define LOWEST_BIT_SEQUENCE 0x03f79d71b4cb0a89ull /* de Bruijn's: each 6 bits of it are others */
-
-static const __u8 lowest_bits[64] = {
-    0,  1,  48, 2,  57, 49, 28, 3,  61, 58, 50, 42, 38, 29, 17, 4,  62, 55, 59, 36, 53, 51,
-    43, 22, 45, 39, 33, 30, 24, 18, 12, 5,  63, 47, 56, 27, 60, 41, 37, 16, 54, 35, 52, 21,
-    44, 32, 23, 11, 46, 26, 40, 15, 34, 20, 31, 10, 25, 14, 19, 9,  13, 8,  7,  6,
-};
-
-/* Position of the lowest bit of a word that has one. By table: each branch of a search doubles what the verifier has to
- * follow. */
-static __always_inline __u32 lowest_bit(__u64 word)
-{
-	return lowest_bits[(word & -word) * LOWEST_BIT_SEQUENCE >> 58];
-}
+#define ACL_GROUPS_MAX     64
+#define ACL_GROUP_RULES    256
+#define ACL_INTERVAL_STEPS 18 /* 2^17 intervals and one */
+#define ACL_NO_RULE        (~0u)
+#define ACL_GONE           (~1u) /* the generation was replaced and taken away meanwhile */
 
 /* The point of a connection on the line. `port` is the destination's of the packet that opens; a query is placed by its
  * request, so that a reply or a later fragment judges as what opened did. */
@@ -99,8 +85,14 @@ static __always_inline __u32 acl_first_common(void *rows, __u32 first, __u32 sec
 	return ACL_NO_RULE;
 }
 
-/* The rule that decides, ACL_NO_RULE or ACL_GONE. */
-static __noinline __u32 acl_match(__u32 generation, const struct packet *pkt, enum acl_direction direction)
+struct acl_place { /* where a packet is in the two dimensions: elements of the rows' summaries */
+	__u32 first;
+	__u32 second;
+};
+
+/* The first rule that matches but for mark and label, ACL_NO_RULE or ACL_GONE. */
+static __always_inline __u32 acl_search(struct acl_place *place, __u32 generation, const struct packet *pkt,
+					enum acl_direction direction)
 {
 	struct acl_prefix key = {.length = 32 + 128, .direction = direction};
 	void *trie = bpf_map_lookup_elem(&acl_tries, &generation);
@@ -120,7 +112,16 @@ static __noinline __u32 acl_match(__u32 generation, const struct packet *pkt, en
 	interval = acl_find_interval(line, shape->intervals, acl_point(pkt, direction));
 	if (!interval)
 		return ACL_NO_RULE;
-	return acl_first_common(rows, 1 + *row * (shape->groups + 1), 1 + interval->row * (shape->groups + 1));
+	place->first = 1 + *row * (shape->groups + 1);
+	place->second = 1 + interval->row * (shape->groups + 1);
+	return acl_first_common(rows, place->first, place->second);
+}
+
+static __noinline __u32 acl_match(__u32 generation, const struct packet *pkt, enum acl_direction direction)
+{
+	struct acl_place place;
+
+	return acl_search(&place, generation, pkt, direction);
 }
 
 static __noinline void acl_count(__u32 slot, __u32 rule, const struct packet *pkt)
@@ -139,21 +140,36 @@ static __noinline void acl_count(__u32 slot, __u32 rule, const struct packet *pk
 	hits->bytes += pkt->wire_bytes;
 }
 
-#define ACL_AGAIN 2 /* beside the direction: of a connection that was let in before */
+#define ACL_AGAIN    2     /* beside the direction: of a connection that was let in before */
+#define ACL_LABELLED 0x100 /* no reason: mark or label of the connection has a part in it */
+
+/* What comes of it that `rule` decides: counts its hit and emits EVENT_LOG if it says so, but not for a connection that
+ * goes on (ACL_AGAIN), whose hit was counted when it began. Returns DROP_NONE, DROP_POLICY or DROP_REJECT. */
+static __always_inline int acl_settle(struct __sk_buff *skb, __u32 slot, struct packet *pkt,
+				      const struct acl_rule *rule, int direction)
+{
+	int reason = rule->action == ACL_ALLOW ? DROP_NONE : rule->action == ACL_REJECT ? DROP_REJECT : DROP_POLICY;
+
+	if (reason == DROP_NONE && direction & ACL_AGAIN)
+		return DROP_NONE;
+	acl_count(slot, rule->id, pkt);
+	if (rule->log)
+		event_send(skb, slot, EVENT_WHAT(EVENT_LOG, direction & 1, reason), rule->id);
+	return reason;
+}
 
 /*
  * Judges `pkt` by `policy` (POLICY_WORD, read by the caller before) as a packet that opens in `direction` (enum
- * acl_direction). Counts the rule's hit for the port's slot and emits EVENT_LOG if the rule says so: not for a
- * connection that goes on (ACL_AGAIN), whose hit was counted when it began.
+ * acl_direction). Counts the rule's hit for the port's slot (acl_settle).
  * Returns DROP_NONE; DROP_POLICY; DROP_REJECT (the caller answers); DROP_CT_RACE when the policy was replaced
- * meanwhile: nothing is known, so nothing may be concluded. Global, so that it is verified once.
+ * meanwhile: nothing is known, so nothing may be concluded; ACL_LABELLED when label_judge() has to say. Global, so that
+ * it is verified once.
  */
 __noinline int acl_judge(struct __sk_buff *skb, struct port *port, struct packet *pkt, __u64 policy, int direction)
 {
 	struct acl_rule none = {.action = ACL_DROP}, *rule = &none;
 	__u32 generation = POLICY_GENERATION(policy), rank = ACL_NO_RULE;
 	void *rules;
-	int reason;
 
 	if (!port || !pkt)
 		return DROP_POLICY;
@@ -167,11 +183,7 @@ __noinline int acl_judge(struct __sk_buff *skb, struct port *port, struct packet
 		if (!rule)
 			return DROP_CT_RACE;
 	}
-	reason = rule->action == ACL_ALLOW ? DROP_NONE : rule->action == ACL_REJECT ? DROP_REJECT : DROP_POLICY;
-	if (reason == DROP_NONE && direction & ACL_AGAIN)
-		return DROP_NONE;
-	acl_count(port->slot, rule->id, pkt);
-	if (rule->log)
-		event_send(skb, port->slot, EVENT_WHAT(EVENT_LOG, direction & 1, reason), rule->id);
-	return reason;
+	if (rule->label)
+		return ACL_LABELLED;
+	return acl_settle(skb, port->slot, pkt, rule, direction);
 }

@@ -5,6 +5,7 @@
 #include "acl.h"
 #include "ct.h"
 #include "evict.h"
+#include "label.h"
 #include "window.h"
 
 struct tracking { /* on the stack of judge() */
@@ -22,16 +23,32 @@ struct tracking { /* on the stack of judge() */
 
 #define TRACK_AGAIN DROP_REASONS /* look up once more; never leaves track() */
 
-struct { /* a new entry while it is written: 96 bytes are too much for the stack. Packet programs do not nest here. */
+struct { /* a new entry while it is written: 160 bytes are too much for the stack. Packet programs do not nest here. */
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct ct_entry);
 } ct_scratch SEC(".maps");
 
+/* acl_judge() left it to mark and label, which are those of `entry`; NULL: it begins. Returns ACL_LABELLED when it may
+ * pass: label_give() has what the rule gives. */
+static __noinline int track_labelled(struct tracking *t, const struct ct_entry *entry, int direction)
+{
+	int reason;
+
+	label_show(entry);
+	label_find(t->pkt, POLICY_GENERATION(t->policy), direction);
+	label_choose(POLICY_GENERATION(t->policy));
+	reason = label_settle(t->skb, t->port, t->pkt, t->policy, direction);
+	return reason ? reason : ACL_LABELLED;
+}
+
+/* Of a packet that begins something, by the policy. Returns enum drop_reason, or ACL_LABELLED as track_labelled(). */
 static __always_inline int track_judge(struct tracking *t, int direction)
 {
-	return acl_judge(t->skb, t->port, t->pkt, t->policy, direction);
+	int reason = acl_judge(t->skb, t->port, t->pkt, t->policy, direction);
+
+	return reason == ACL_LABELLED ? track_labelled(t, NULL, direction) : reason;
 }
 
 static __noinline void track_would_drop(__u32 slot)
@@ -65,7 +82,10 @@ static __always_inline int track_windowed(const struct tracking *t)
 	return READ_ONCE(t->port->features) & FEATURE_WINDOW && t->pkt->proto == IPPROTO_TCP;
 }
 
-/* A new entry; `opening` is CT_WORD without id. */
+/* Beside CT_WORD without id, in the id's place: label_give() has something for it. */
+#define OPENING_GIVEN (1ull << 32)
+
+/* A new entry; `opening` is CT_WORD without id, and OPENING_GIVEN. */
 static __always_inline int track_insert(struct tracking *t, __u64 opening)
 {
 	__u32 zero = 0, direction = t->direction & 1;
@@ -76,13 +96,15 @@ static __always_inline int track_insert(struct tracking *t, __u64 opening)
 		return DROP_CT_RACE;
 	__builtin_memset(entry, 0, sizeof(*entry));
 	entry->id = ct_new_id();
-	entry->word = opening | CT_WORD(0, 0, entry->id);
+	entry->word = (__u32)opening | CT_WORD(0, 0, entry->id);
 	entry->seen = t->now;
 	entry->judged = POLICY_DIGEST(t->policy);
 	entry->packets[direction] = t->pkt->wire_packets;
 	entry->bytes[direction] = t->pkt->wire_bytes;
 	entry->began = t->now;
 	entry->tcp_flags = track_flags(t);
+	if (opening & OPENING_GIVEN)
+		label_give(entry, 1);
 	if (track_windowed(t))
 		window_step(t->skb, t->pkt, entry, WINDOW_HOW(direction, CT_NONE));
 	error = bpf_map_update_elem(t->table, &t->key, entry, BPF_NOEXIST);
@@ -102,7 +124,7 @@ static __always_inline int track_insert(struct tracking *t, __u64 opening)
  * fails and its counts are the last ones, then the fields, then the new generation. */
 static __always_inline int track_renew(struct tracking *t, struct ct_entry *entry, __u64 old, __u64 opening)
 {
-	__u64 id = ct_new_id(), word = opening | CT_WORD(0, 0, id);
+	__u64 id = ct_new_id(), word = (__u32)opening | CT_WORD(0, 0, id);
 
 	if (!cas(&entry->word, old, old | CT_WORD_FLAG(CT_F_DEAD)))
 		return DROP_CT_RACE;
@@ -112,7 +134,7 @@ static __always_inline int track_renew(struct tracking *t, struct ct_entry *entr
 	WRITE_ONCE(entry->tcp_flags, track_flags(t));
 	WRITE_ONCE(entry->id, id);
 	WRITE_ONCE(entry->judged, POLICY_DIGEST(t->policy));
-	WRITE_ONCE(entry->mark, 0);
+	label_give(entry, !!(opening & OPENING_GIVEN));
 	WRITE_ONCE(entry->window, 0);
 	if (track_windowed(t))
 		window_step(t->skb, t->pkt, entry, WINDOW_HOW(t->direction, CT_NONE));
@@ -131,7 +153,16 @@ static __always_inline int track_renew(struct tracking *t, struct ct_entry *entr
 struct opening {
 	__u64 word;
 	__u32 direction;
+	__u32 given; /* its rule gives it mark or label */
 };
+
+static __always_inline int track_ask(struct tracking *t, struct opening *opening)
+{
+	int reason = track_judge(t, opening->direction);
+
+	opening->given = reason == ACL_LABELLED;
+	return opening->given ? DROP_NONE : reason;
+}
 
 /*
  * Learning: what may be in the middle of a connection that is older than the port is never dropped. It is taken up as
@@ -139,7 +170,7 @@ struct opening {
  */
 static __always_inline int track_learn(struct tracking *t, struct opening *opening)
 {
-	int reason = track_judge(t, opening->direction), middle = !opening->word;
+	int reason = track_ask(t, opening), middle = !opening->word;
 
 	opening->word = CT_WORD(CT_NEW, CT_F_LEARNED, 0);
 	if (t->pkt->proto == IPPROTO_TCP)
@@ -148,7 +179,7 @@ static __always_inline int track_learn(struct tracking *t, struct opening *openi
 		track_would_drop(t->slot);
 	if (reason) {
 		opening->direction = !opening->direction;
-		reason = track_judge(t, opening->direction);
+		reason = track_ask(t, opening);
 	}
 	/* in the middle there is nothing to follow from an end, or from the answer to a query */
 	if (reason || (middle && (t->pkt->proto != IPPROTO_TCP || t->pkt->tcp_flags & (TCP_FIN | TCP_RST))))
@@ -165,10 +196,12 @@ static __noinline int track_begin(struct tracking *t, struct ct_entry *entry, __
 	if (t->flags & PORT_F_LEARNING && opening.word != CT_SYN_SENT)
 		reason = track_learn(t, &opening);
 	else if (opening.word)
-		reason = track_judge(t, opening.direction);
+		reason = track_ask(t, &opening);
 	if (reason || !opening.word)
 		return reason;
 	if (opening.direction == TO_GUEST)
 		opening.word |= CT_WORD_FLAG(CT_F_INBOUND);
+	if (opening.given)
+		opening.word |= OPENING_GIVEN;
 	return entry ? track_renew(t, entry, old, opening.word) : track_insert(t, opening.word);
 }

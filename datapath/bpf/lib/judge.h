@@ -54,6 +54,7 @@ static __always_inline int judge_is_stateless(const struct packet *pkt)
 static __always_inline int judge_packet(struct tracking *t)
 {
 	struct packet *pkt = t->pkt;
+	int reason;
 
 	if (pkt->fragment == FRAGMENT_LATER)
 		return fragment_follow(t);
@@ -61,9 +62,10 @@ static __always_inline int judge_packet(struct tracking *t)
 		return related(t);
 	if (judge_is_discovery(pkt, t->direction) || judge_is_dhcp_answer(pkt, t->direction))
 		return DROP_NONE;
-	if (judge_is_stateless(pkt))
-		return track_judge(t, t->direction);
-	return track(t);
+	if (!judge_is_stateless(pkt))
+		return track(t);
+	reason = track_judge(t, t->direction);
+	return reason == ACL_LABELLED ? DROP_NONE : reason; /* there is nothing that could be given something */
 }
 
 /*

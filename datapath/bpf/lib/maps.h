@@ -226,6 +226,14 @@ struct acl_list {
 	__type(value, struct acl_rule);
 } acl_list SEC(".maps");
 
+struct acl_label_list {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_INNER_MAP);
+	__type(key, __u32);
+	__type(value, struct acl_label);
+} acl_label_list SEC(".maps");
+
 #define BY_GENERATION(name, table)                                                                                     \
 	struct {                                                                                                       \
 		__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);                                                               \
@@ -239,6 +247,7 @@ BY_GENERATION(acl_tries, acl_trie);
 BY_GENERATION(acl_lines, acl_line);
 BY_GENERATION(acl_rows, acl_matrix);
 BY_GENERATION(acl_rules, acl_list);
+BY_GENERATION(acl_labels, acl_label_list); /* of those policies whose rules speak of mark or label */
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);

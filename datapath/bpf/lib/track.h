@@ -8,26 +8,41 @@
 
 #define TRACK_TRIES 3
 
-/* Whether the entry may live under the policy as it is now. What was allowed under another one is judged again, as the
- * direction that opened it. */
+/* What was allowed under another policy, or with another mark or label, is judged again, as the direction that opened
+ * it.
+ */
+static __noinline int track_again(struct tracking *t, struct ct_entry *entry, __u64 word)
+{
+	int direction = ACL_AGAIN | (CT_FLAGS(word) & CT_F_INBOUND ? ACL_TO : ACL_FROM);
+	__u32 judged = READ_ONCE(entry->judged);
+	int reason = acl_judge(t->skb, t->port, t->pkt, t->policy, direction);
+
+	if (reason == ACL_LABELLED)
+		reason = track_labelled(t, entry, direction);
+	if (reason == DROP_NONE || reason == ACL_LABELLED) {
+		/* not where an operator has changed mark or label meanwhile: then it is judged once more */
+		__sync_val_compare_and_swap(&entry->judged, judged, POLICY_DIGEST(t->policy));
+		mark_dirty(t->slot, &t->key);
+		return DROP_NONE;
+	}
+	if (reason == DROP_CT_RACE)
+		return reason;
+	if (t->flags & PORT_F_LEARNING) {
+		track_would_drop(t->slot);
+		return DROP_NONE;
+	}
+	ct_kill(t->table, t->slot, &t->key, entry, word, FLOW_FORCED);
+	return reason;
+}
+
+/* Whether the entry may live under the policy as it is now. */
 static __always_inline int track_allowed(struct tracking *t, struct ct_entry *entry, __u64 word)
 {
 	__u32 digest = POLICY_DIGEST(t->policy);
-	int reason;
 
 	if (digest && READ_ONCE(entry->judged) == digest)
 		return DROP_NONE;
-	reason = track_judge(t, ACL_AGAIN | (CT_FLAGS(word) & CT_F_INBOUND ? ACL_TO : ACL_FROM));
-	if (reason == DROP_NONE) {
-		WRITE_ONCE(entry->judged, digest);
-		mark_dirty(t->slot, &t->key);
-	} else if (reason != DROP_CT_RACE && t->flags & PORT_F_LEARNING) {
-		track_would_drop(t->slot);
-		return DROP_NONE;
-	} else if (reason != DROP_CT_RACE) {
-		ct_kill(t->table, t->slot, &t->key, entry, word, FLOW_FORCED);
-	}
-	return reason;
+	return track_again(t, entry, word);
 }
 
 /* The word after a segment that would make it `next`; CT_NEXT_INVALID for one that is to be dropped. */

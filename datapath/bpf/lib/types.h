@@ -343,7 +343,7 @@ struct ct_entry {
 	__u64 word;
 	__u64 seen;   /* port time of the last packet */
 	__u64 id;     /* connection id: random, travels with the connection */
-	__u32 judged; /* digest of the policy it was judged under, 0: judge again at the next packet */
+	__u32 judged; /* digest of the policy it was judged under; another: judge again at the next packet */
 	__u32 mark;
 	__u64 packets[2];         /* counted on this host; 0 from the guest, 1 to the guest */
 	__u64 bytes[2];           /* of the IP packets, segments of a GSO frame counted one by one */
@@ -357,6 +357,7 @@ struct ct_entry {
 	__u32 window_limit[2];   /* behind the last that the other side lets it send */
 	__u32 window_acked[2];   /* the highest that it acknowledged */
 	__u32 window_offered[2]; /* the largest window that it offered, in bytes */
+	__be64 label[2]; /* given, as `mark`, by a rule or an operator; looked at when a connection is judged again */
 };
 
 /* ---- TCP windows: lib/window.h -------------------------------------------------------------------------------- */
@@ -496,7 +497,21 @@ struct acl_rule { /* by rank: the lowest rank that matches wins */
 	__u32 id;
 	__u8 action;
 	__u8 log;
-	__u16 pad;
+	__u16 label; /* element of the generation's acl_labels, 0: no word of mark and label in the rule */
+};
+
+#define LABEL_RULES_MAX 256 /* rules of a policy that look at mark or label, or give them; element 0 is of none */
+
+struct acl_label { /* a rule matches a connection whose mark and label, masked, are these; and gives set_* under its
+		      mask */
+	__be64 label[2];
+	__be64 label_mask[2];
+	__be64 set_label[2];
+	__be64 set_label_mask[2];
+	__u32 mark;
+	__u32 mark_mask;
+	__u32 set_mark;
+	__u32 set_mark_mask;
 };
 
 struct hits_key {

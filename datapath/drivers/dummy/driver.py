@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from datapath.drivers.dummy import capacity
+from datapath.drivers.dummy import capacity, labels
 from datapath.drivers.dummy.instance import Instance, Redirect
 from datapath.drivers.dummy.switch import Switch, fabric, ignore
 from datapath.drivers.dummy.tables import RecordTable
@@ -25,7 +25,7 @@ from datapath.provider import (
 )
 from datapath.registry import KINDS
 from datapath.state.check import checked_records
-from datapath.state.kind import Kind, Nature, Op, Record, Table
+from datapath.state.kind import Columns, Kind, Nature, Op, Record, Table
 
 STAGED, ACTIVE, QUIESCED, STUB = PortState.STAGED, PortState.ACTIVE, PortState.QUIESCED, PortState.STUB
 
@@ -323,6 +323,12 @@ class DummyDriver(Driver):
         self._note_overflow(port)
         return loaded
 
+    def relabel(self, ref: PortRef, columns: Columns) -> int:
+        port = self._port(ref, ACTIVE)
+        changed = labels.relabel(port, columns)
+        self._note_overflow(port)
+        return changed
+
     def _note_overflow(self, port: Instance) -> None:
         noted = sum(len(table.dirty or ()) for table in port.tables.values())
         port.overflow = port.overflow or noted > capacity.limit(self._options, "tracked_max")
@@ -369,7 +375,8 @@ class DummyDriver(Driver):
                 if table.kind.document is not None and isinstance(table, RecordTable) and len(table):
                     configured.setdefault(name, []).extend(table.configured())
         owners = {name: KINDS[name].part_of or name for name in self.kinds()}
-        kinds = {n: v for n, v in self.kinds().items() if KINDS[owners[n]].document is None or owners[n] in configured}
+        versions = {**self.kinds(), **labels.versions(ports)}
+        kinds = {n: v for n, v in versions.items() if KINDS[owners[n]].document is None or owners[n] in configured}
         return Need(
             kinds=kinds,
             configured=configured,

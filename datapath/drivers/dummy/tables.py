@@ -124,6 +124,21 @@ class ColumnTable(KindTable):
         start = int(self._row.fields["id"][1]) if self._row.fields else 0
         return row[start : start + self._identity.itemsize]
 
+    def relabel(self, columns: Columns) -> int:
+        """Give rows that are there with these ids other values of the columns that are neither key nor id."""
+        given = {name: array for name, array in columns.items() if name not in (*self.kind.key, "id")}
+        keys, ids, changed = _packed(columns, self._key), _packed(columns, self._identity), []
+        for number, (key, identity) in enumerate(zip(keys, ids, strict=True)):
+            if key not in self._rows or self._id_of(self._rows[key]) != identity:
+                continue
+            row = np.frombuffer(self._rows[key], dtype=self._row).copy()
+            for name, array in given.items():
+                row[name] = array[number]
+            self._rows[key] = row.tobytes()
+            changed.append(key)
+        self._mark(changed)
+        return len(changed)
+
     def dump(self) -> Iterator[Table]:
         keys = list(self._rows)
         for start in range(0, len(keys), DUMP_ROWS):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from datapath.drivers.ebpf import labels
 from datapath.errors import LoadRejected, UnsupportedKind
 from datapath.state.acl import ACL, digest
 from datapath.state.kind import Record
@@ -42,7 +43,7 @@ class Compiled:
     prefixes  (n,) direction u1, length u4, addr (n, 16) u1, row u4
     starts    (m, 2) u4: first number of an interval, row; sorted, starts at 0
     matrix    (rows * (groups + 1), 4) u8, without the shape element
-    ids, actions, logs: by rank
+    ids, actions, logs: by rank; labels too: element of label_table (ACL_LABEL), 0 none
     """
 
     digest: int
@@ -56,6 +57,8 @@ class Compiled:
     ids: NDArray[np.uint32]
     actions: NDArray[np.uint8]
     logs: NDArray[np.uint8]
+    labels: NDArray[np.uint16]
+    label_table: np.ndarray
 
 
 class _Rows:
@@ -85,7 +88,8 @@ def validate(rules: Sequence[Record]) -> None:
     for number, rule in enumerate(rules):
         where = f"acl rule {number} (id {rule.get('id')!r})"
         for name, types in ACL.fields.items():
-            _check_type(where, name, rule.get(name, 0 if name in ("hits", "hit_bytes") else None), types)
+            if name in rule or name not in ACL.optional:
+                _check_type(where, name, rule.get(name), types)
         _check(rule["id"] not in seen, where, "id", "is there twice")
         seen.add(rule["id"])
         _check(1 <= rule["id"] < 1 << 32, where, "id", "is not in 1..2^32-1")
@@ -95,6 +99,7 @@ def validate(rules: Sequence[Record]) -> None:
         try:
             _ranges(rule)
             _prefixes(rule)
+            labels.validate(rule)
         except (ValueError, TypeError, KeyError) as error:
             raise LoadRejected(f"{where}: {error}", hint="correct the rule and load the policy again") from error
 
@@ -183,7 +188,7 @@ def _is_ipv4(address: int, length: int) -> bool:
 def compile_rules(rules: Sequence[Record]) -> Compiled:
     """Tables of a policy. Rules must be valid (`validate`).
 
-    Raises UnsupportedKind when there are more rules than the classifier holds.
+    Raises UnsupportedKind when there are more rules, or more about labels, than the classifier holds.
     """
     if len(rules) > RULES_MAX:
         raise UnsupportedKind(
@@ -194,6 +199,7 @@ def compile_rules(rules: Sequence[Record]) -> Compiled:
     rows = _Rows(groups * 4)
     prefixes = _compile_prefixes(ranked, rows)
     starts = _compile_line(ranked, rows)
+    numbers, table = labels.compile_labels(ranked)
     addresses = b"".join(addr.to_bytes(16, "big") for _, addr, _, _ in prefixes)
     return Compiled(
         digest=digest(rules),
@@ -207,6 +213,8 @@ def compile_rules(rules: Sequence[Record]) -> Compiled:
         ids=np.array([rule["id"] for rule in ranked], np.uint32),
         actions=np.array([ACTIONS[rule["action"]] for rule in ranked], np.uint8),
         logs=np.array([rule["log"] for rule in ranked], np.uint8),
+        labels=numbers,
+        label_table=table,
     )
 
 

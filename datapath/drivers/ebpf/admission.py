@@ -12,7 +12,7 @@ from datapath.drivers.ebpf.records import CONNECTIONS_LIMIT
 from datapath.provider import Need
 from datapath.state.kind import Record
 
-_ENTRY_BYTES = 224  # key, value and the kernel's element, NO_PREALLOC
+_ENTRY_BYTES = 256  # key, value and the kernel's element, NO_PREALLOC
 _BUCKET_BYTES = 16
 _MEMINFO = Path("/proc/meminfo")
 

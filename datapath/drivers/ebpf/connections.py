@@ -143,6 +143,20 @@ class Connections:
             self._kernel.run("ct_read", self._kernel.context("ct_batch", slot=slot, count=count))
             return view["found"][:count] != 0, view["entry"][:count].copy()
 
+    def relabel(self, instance: Instance, columns: Columns) -> int:
+        """Mark and label of connections that are there with these ids. The port is active. Returns how many it were."""
+        keys, entries, changed = conntrack.keys(columns), conntrack.with_labels(columns), 0
+        for at in range(0, len(keys), self._room):
+            part = slice(at, at + self._room)
+            count = len(keys[part])
+            context = self._kernel.context("ct_batch", slot=instance.slot, count=count)
+            with self._kernel.exchange_lock:
+                view = self._kernel.exchange.view
+                view["key"][:count], view["entry"][:count] = keys[part], entries[part]
+                self._kernel.run("ct_relabel", context)
+            changed += int(context["found"][0])
+        return changed
+
     # ---- accounting ----
 
     def counted(self, instance: Instance) -> Iterator[Table]:

@@ -85,12 +85,28 @@ def columns(keys: Keys, entries: Entries, port_time: int) -> Columns:
         "id": np.ascontiguousarray(entries["id"]),
         "judged": np.ascontiguousarray(entries["judged"]),
         "mark": np.ascontiguousarray(entries["mark"]),
+        "label": _labels(entries),
         **window_columns.columns(entries),
         "packets_from": own[:, 0] + carried[:, 0],
         "packets_to": own[:, 1] + carried[:, 1],
         "bytes_from": own_bytes[:, 0] + carried_bytes[:, 0],
         "bytes_to": own_bytes[:, 1] + carried_bytes[:, 1],
     }
+
+
+def _labels(entries: Entries) -> NDArray[Any]:
+    if not entries["label"].any():
+        return np.zeros(len(entries), "V16")
+    return np.ascontiguousarray(entries["label"], ">u8").view("V16").ravel()
+
+
+def with_labels(given: Columns) -> Entries:
+    """Entries with nothing but `id`, `mark` and `label`."""
+    made = np.zeros(len(given["id"]), layout.CT_ENTRY)
+    for name in ("id", "mark"):
+        made[name] = given[name]
+    made["label"] = np.ascontiguousarray(given["label"]).view(">u8").reshape(-1, 2)
+    return made
 
 
 ACCOUNT_COLUMNS = (*_KEY_FIELDS, "id", "age_ns", "packets_from", "packets_to", "bytes_from", "bytes_to")
@@ -113,6 +129,7 @@ def entries(given: Columns, port_time: int) -> Entries:
     made["seen"] = np.uint64(port_time) - np.minimum(given["age_ns"], np.uint64(AGE_MAX_NS))
     for name in ("id", "judged", "mark"):
         made[name] = given[name]
+    made["label"] = np.ascontiguousarray(given["label"]).view(">u8").reshape(-1, 2)
     made["carried_packets"][:, 0], made["carried_packets"][:, 1] = given["packets_from"], given["packets_to"]
     made["carried_bytes"][:, 0], made["carried_bytes"][:, 1] = given["bytes_from"], given["bytes_to"]
     window_columns.fill(made, given)

@@ -20,7 +20,8 @@ from datapath.drivers.ebpf.tables import KINDS, VERSIONS, Tables
 from datapath.drivers.ebpf.taps import GuestTap
 from datapath.errors import FeatureMissing, NotReady
 from datapath.provider import Driver, Event, Loaded, Need, Network, Place, PortRef, PortStatus, Pumped
-from datapath.state.kind import Record, Table
+from datapath.state.acl import ACL
+from datapath.state.kind import Columns, Record, Table
 
 _log = logging.getLogger(__name__)
 
@@ -270,6 +271,9 @@ class EbpfDriver(Driver):
     def load(self, ref: PortRef, table: Table) -> Loaded:
         return self._state().load(self._find(ref), table)
 
+    def relabel(self, ref: PortRef, columns: Columns) -> int:
+        return self._state().relabel(self._find(ref), columns)
+
     def track(self, ref: PortRef) -> None:
         parts, instance = self._parts(), self._find(ref)
         parts.tracking.begin(instance)
@@ -299,8 +303,9 @@ class EbpfDriver(Driver):
         for entry in entries:
             for name, records in kinds.used(entry).items():
                 configured.setdefault(name, []).extend(records)
+        versions = {**VERSIONS, ACL.name: max((ACL.version_of(entry.rules) for entry in entries), default=1)}
         return Need(
-            kinds={name: number for name, number in VERSIONS.items() if _is_asked(name, configured)},
+            kinds={name: number for name, number in versions.items() if _is_asked(name, configured)},
             configured=configured,
             records=[dict(entry.record) for entry in entries],
             rules_max=max((len(entry.rules) for entry in entries), default=0),

@@ -38,6 +38,7 @@ class Kernel:
         self.acl_lines = switch.outer("acl_lines")
         self.acl_rows = switch.outer("acl_rows")
         self.acl_rules = switch.outer("acl_rules")
+        self.acl_labels = switch.outer("acl_labels")
         self.rule_hits = switch.table("rule_hits")
         self.flow_ends = switch.outer("flow_ends")
         self.flow_reports = switch.outer("flow_reports")

@@ -114,6 +114,7 @@ CT_ENTRY = _structure(
         ("window_limit", "<u4", 2),
         ("window_acked", "<u4", 2),
         ("window_offered", "<u4", 2),
+        ("label", ">u8", 2),
     ],
 )
 WINDOW_PORT = _structure("window_port", [("outside", "<u8", 2), ("count_only", "<u4"), ("pad", "<u4")])
@@ -152,7 +153,14 @@ ACL_PREFIX = _structure("acl_prefix", [("length", "<u4"), ("direction", "u1"), (
 ACL_INTERVAL = _structure("acl_interval", [("start", "<u4"), ("row", "<u4")])
 ACL_GROUP = _structure("acl_group", [("bits", "<u8", 4)])
 ACL_SHAPE = _structure("acl_shape", [("rules", "<u4"), ("intervals", "<u4"), ("groups", "<u4"), ("pad", "<u4", 5)])
-ACL_RULE = _structure("acl_rule", [("id", "<u4"), ("action", "u1"), ("log", "u1"), ("pad", "<u2")])
+ACL_RULE = _structure("acl_rule", [("id", "<u4"), ("action", "u1"), ("log", "u1"), ("label", "<u2")])
+ACL_LABEL = _structure(
+    "acl_label",
+    [
+        *((name, ">u8", 2) for name in ("label", "label_mask", "set_label", "set_label_mask")),
+        *((name, "<u4") for name in ("mark", "mark_mask", "set_mark", "set_mark_mask")),
+    ],
+)
 HITS_KEY = _structure("hits_key", [("slot", "<u4"), ("rule", "<u4")])
 HITS = _structure("hits", [("packets", "<u8"), ("bytes", "<u8")])
 QOS = _structure(

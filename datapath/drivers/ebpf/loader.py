@@ -31,7 +31,7 @@ _LAYOUT_HINT = "start with the options and version that made it; an agent takes 
 
 _BY_SLOT = (
     *("ports", "devices", "counters", "addresses", "trunks", "channels", "conntracks", "dirty", "policies"),
-    *("acl_tries", "acl_lines", "acl_rows", "acl_rules", "qos", "samplings"),
+    *("acl_tries", "acl_lines", "acl_rows", "acl_rules", "acl_labels", "qos", "samplings"),
     *("flow_ends", "flow_reports", "flow_exporters", "flow_lost"),
     *("mirrors", "mirror_counts", "mirror_ports"),
 )

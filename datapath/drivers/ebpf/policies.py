@@ -87,7 +87,7 @@ class Policies:
 
     def _outers(self) -> tuple[Outer, ...]:
         kernel = self._kernel
-        return kernel.acl_tries, kernel.acl_lines, kernel.acl_rows, kernel.acl_rules
+        return kernel.acl_tries, kernel.acl_lines, kernel.acl_rows, kernel.acl_rules, kernel.acl_labels
 
     def _delete(self, number: int) -> None:
         for outer in self._outers():
@@ -100,7 +100,9 @@ class Policies:
         compiled = compile_rules(rules)
         number, self._next = self._next, self._next + 1
         try:
-            for outer, fill in zip(self._outers(), (_trie, _line, _rows, _rules), strict=True):
+            for outer, fill in zip(self._outers(), (_trie, _line, _rows, _rules, _labels), strict=True):
+                if fill is _labels and not compiled.labels.any():
+                    continue
                 with fill(outer, compiled) as table:
                     outer.put(number, table)
         except KernelError:
@@ -143,7 +145,12 @@ def _rows(outer: Outer, compiled: Compiled) -> Table:
 def _rules(outer: Outer, compiled: Compiled) -> Table:
     rules = np.zeros(len(compiled.ids), layout.ACL_RULE)
     rules["id"], rules["action"], rules["log"] = compiled.ids, compiled.actions, compiled.logs
+    rules["label"] = compiled.labels
     return _load(outer, _indexes(rules), rules)
+
+
+def _labels(outer: Outer, compiled: Compiled) -> Table:
+    return _load(outer, _indexes(compiled.label_table), compiled.label_table)
 
 
 def _indexes(values: np.ndarray) -> np.ndarray:

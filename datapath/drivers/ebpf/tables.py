@@ -14,12 +14,12 @@ from datapath.drivers.ebpf.noting import note_connections, note_l2
 from datapath.errors import LoadRejected, NotReady, UnsupportedKind
 from datapath.provider import Loaded
 from datapath.state.acl import ACL
-from datapath.state.check import checked_records
-from datapath.state.conntrack import CONNTRACK
+from datapath.state.check import checked_columns, checked_records
+from datapath.state.conntrack import CONNTRACK, RELABELLED
 from datapath.state.fdb import FDB
 from datapath.state.flow_export import FLOW_EXPORT
 from datapath.state.flows import FLOWS
-from datapath.state.kind import Kind, Op, Record, Table
+from datapath.state.kind import Columns, Kind, Op, Record, Table
 from datapath.state.port import PORT
 
 if TYPE_CHECKING:
@@ -90,6 +90,16 @@ class Tables:
             )
         if self._words.word(instance.slot).state == C.PORT_STUB:
             raise NotReady(f"port {instance.ref.mac} is a stub: its tables are gone", hint="it only redirects")
+
+    def relabel(self, instance: Instance, columns: Columns) -> int:
+        """Raises LoadRejected, and NotReady for a port that is not active."""
+        if self._words.word(instance.slot).state != C.PORT_ACTIVE:
+            raise NotReady(f"port {instance.ref.mac} is not active", hint="try again when its VM has moved")
+        wanted = {name: columns[name] for name in (*CONNTRACK.key, *RELABELLED) if name in columns}
+        if missing := {*CONNTRACK.key, *RELABELLED} - set(wanted):
+            raise LoadRejected(f"conntrack: column {min(missing)} is missing", hint="nothing was changed")
+        given = checked_columns(CONNTRACK, Table(CONNTRACK.name, Op.ACCOUNT, wanted))
+        return self._connections.relabel(instance, given)
 
     def _opened(self, instance: Instance) -> bool:
         """Its places are in the kernel's table."""
