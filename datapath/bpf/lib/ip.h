@@ -15,7 +15,7 @@
 /* Returns the length of the IP packet by its header, or 0 when it is malformed. RFC 791 */
 static __always_inline __u32 parse_ipv4(struct __sk_buff *skb, struct packet *pkt, int direction)
 {
-	struct iphdr ip;
+	struct iphdr ip = {}; /* or the verifier of 6.18 meets a bug of its own in objects that count branches */
 	__u16 fragment;
 
 	if (packet_load(skb, pkt->l3_offset, &ip, sizeof(ip)))
@@ -95,7 +95,7 @@ static __always_inline int parse_ipv6_extensions(struct __sk_buff *skb, struct p
 
 static __always_inline __u32 parse_ipv6(struct __sk_buff *skb, struct packet *pkt, int direction)
 {
-	struct ipv6hdr ip;
+	struct ipv6hdr ip = {};
 
 	if (packet_load(skb, pkt->l3_offset, &ip, sizeof(ip)) || ip.version != 6)
 		return 0;
