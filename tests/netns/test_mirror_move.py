@@ -91,6 +91,24 @@ def test_mirrors_follow_a_vm_under_load(world: World, watch: Captures) -> None:
         wait_until("the counters came along", lambda: _counts(shown(world, vm, "h1"), copies), 20.0)
 
 
+def test_a_monitoring_vm_that_moves_misses_nothing(world: World, watch: Captures) -> None:
+    """Copies that find it between two hosts wait for it, as what is sent to it does."""
+    vm, peer = world.vm("h1", network="over"), world.peer("h3", network="over")
+    monitor = world.vm("h1", network="over", policy="")
+    declare(world, monitor)
+    declare(world, vm, {"name": "ids", "output": {"port": port_name(monitor)}})
+    wait_until("the mirror is in force", lambda: "ids" in shown(world, vm, "h1"), 20.0)
+    wire = watch.on(world.cluster.name(vm.name), "eth0", TRAFFIC)
+    output = watch.on(world.cluster.name(monitor.name), "eth0", TRAFFIC)
+    streams = Streams(vm, peer, every_ms=2.0)
+    streams.run_on(100)
+    for host in ("h2", "h1"):
+        world.move(monitor, host)
+        streams.run_on(100)
+    streams.finish()
+    assert same([output], [wire]).total() > 400
+
+
 def _counts(text: str, copies: Counter[bytes]) -> bool:
     """Each mirror has counted at least what the wire had: segments one by one, and what is of no service."""
     packets = [int(line.split()[-2]) for line in text.splitlines() if line.startswith(("local ", "remote "))]
