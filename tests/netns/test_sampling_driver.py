@@ -8,7 +8,6 @@ import contextlib
 import socket
 import struct
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from datapath.drivers.ebpf.driver import EbpfDriver
 from datapath.errors import LoadRejected
 from datapath.state.kind import Op, Record, Table
 from datapath.state.sampling import SamplingDocument
-from tests.killed_exporter import AFTER, BEFORE, killed
 from tests.sflow import Datagram, read
 
 from .driver_lab import Guest, Host, shelf, wait_until
@@ -135,28 +133,6 @@ def test_an_agent_that_starts_again_goes_on(host: Host, collector: Collector) ->
     all_told(host, vm, collector)
     assert_continuous(collector.told())
     assert record(host, vm)["age_ns"] > before["age_ns"]
-
-
-def test_an_agent_that_is_killed_in_a_datagram_leaves_a_gap_of_one(host: Host, collector: Collector) -> None:
-    """With what it noted and did not send nothing is missing, and nothing comes twice."""
-    vm, peer = host.guest("10.0.0.1"), host.guest("10.0.0.2")
-    sample(host, vm, collector)
-    lost: list[Datagram] = []
-    for when in (AFTER, BEFORE, BEFORE, AFTER):
-        send(vm, peer, 100)
-        host.run(host.driver.stop)
-        send(vm, peer, 100)
-        lost += map(read, host.run(partial(killed, host.options, when, 1)))
-        host.driver = EbpfDriver()
-        host.start()
-    send(vm, peer, 100)
-    host.run(host.driver.stop)
-    told = collector.told()
-    assert len(lost) == 2
-    assert {one.sequence for one in told}.isdisjoint(one.sequence for one in lost)
-    assert_continuous(sorted([*told, *lost], key=lambda one: one.sequence))
-    host.driver = EbpfDriver()
-    host.start()
 
 
 def test_a_move_that_is_taken_back_leaves_no_trace(host: Host, collector: Collector) -> None:
