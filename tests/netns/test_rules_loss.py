@@ -3,11 +3,36 @@
 
 from __future__ import annotations
 
+from migrator.lab import oracle
 from migrator.lab.processes import wait_until
 
+from .test_failures import outcome
 from .test_rules import instances
 from .traffic import Conversations
 from .world import NUMBERS, World
+
+
+def test_rule_a_guest_that_had_to_begin_without_its_state_gets_it_afterwards(world: World) -> None:
+    """It stopped by itself before its tables were copied, and its source's agent is dead: no connection is lost when
+    that one comes back."""
+    world.expected.append(".*")
+    alone = {"memory_ms": 60_000, "self_stop_ms": 500, "swallow": False}
+    vm, peer = world.vm("h1", behaviour=alone), world.peer("h3")
+    talk = Conversations.begin(vm, peer, inbound=10, outbound=10, every_ms=100)
+    source = world.cluster.agents["h1"]
+    with world.cluster.standing("source.send.section"):
+        reports = world.cluster.migration(vm, "h2", deadline_s=60.0)
+        migration = next(reports).id
+        world.cluster.wait_for("source.send.section")
+        vm.wait_for_place("h2")
+        source.kill()
+    wait_until("its port is open", lambda: world.cluster.is_open(vm, "h2"), 20.0)
+    assert not oracle.connections(world.cluster, "h2", vm), "its state came after all"
+    world.cluster.restart(source)
+    assert outcome(world, migration, reports) == "degraded"
+    talk.assert_whole()
+    world.cluster.settled(vm, 30.0)
+    assert not world.cluster.is_open(vm, "h1")
 
 
 def test_rule_a_dead_source_keeps_nothing_waiting(world: World) -> None:
