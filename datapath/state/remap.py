@@ -92,6 +92,29 @@ def problems(records: Iterable[Record]) -> list[str]:
     return found or [*_twice(rules), *_several(rules), *_both(rules)]
 
 
+class ByAddress:
+    """A port's rules by their addresses: two that have none in common neither contradict nor change each other."""
+
+    def __init__(self, rules: Iterable[Record]) -> None:
+        self._rules: dict[str, dict[tuple[object, ...], Record]] = {}
+        self.change((), rules)
+
+    def change(self, gone: Iterable[Record], new: Iterable[Record]) -> None:
+        """Take rules out, and then put some in; one that is there with the same key is replaced."""
+        for rule in gone:
+            for side in SIDES:
+                self._rules[rule[side]].pop(REMAP.key_of(rule), None)
+        for rule in new:
+            for side in SIDES:
+                self._rules.setdefault(rule[side], {})[REMAP.key_of(rule)] = rule
+
+    def near(self, rules: Iterable[Record]) -> list[Record]:
+        """Those that have an address of these rules, once each."""
+        addresses = {rule[side] for rule in rules for side in SIDES}
+        found = (self._rules.get(address, {}) for address in addresses)
+        return list({key: rule for some in found for key, rule in some.items()}.values())
+
+
 def _of_one(rule: Record) -> list[str]:
     outside, inside = rule["outside"], rule["inside"]
     found = [f"{side} {rule[side]!r} is no IP address" for side in SIDES if not _packed(rule[side])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from datapath.drivers.ebpf.ledger import Ledger, PortEntry
 from datapath.drivers.ebpf.sweeper import Sweeper
 from datapath.errors import KernelError
 from datapath.provider import PortRef
+from datapath.state.remap import REMAP
 from migrator.lab.processes import wait_until
 
 REFS = [PortRef("0a", f"02:00:00:00:00:0{slot}", 1) for slot in (1, 2)]
@@ -85,3 +87,84 @@ def test_the_sweeper_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     ledger.flush()
     assert states(tmp_path) == ["active"]
+
+
+def many(number: int) -> list[dict[str, Any]]:
+    return [{"outside": f"{n}", "protocol": "", "outside_port": 0, "inside": f"{n}"} for n in range(number)]
+
+
+def with_rules(rules: list[dict[str, Any]]) -> PortEntry:
+    return replace(entries("active")[0], kinds={"qos": ({"direction": "to"},), REMAP.name: tuple(rules)})
+
+
+def kinds(folder: Path) -> dict[str, list[Any]]:
+    (entry,) = Ledger(folder).ports()
+    return {name: list(records) for name, records in entry.kinds.items()}
+
+
+def amended(folder: Path) -> tuple[Ledger, list[dict[str, Any]], Path]:
+    """Many rules in a file, and two changes of one in the log behind it."""
+    ledger, rules = Ledger(folder), many(1000)
+    ledger.save_port(with_rules(rules))
+    ledger.save_kinds(with_rules(rules))
+    whole = (folder / "ports" / "1.kinds.json").read_bytes()
+    rules[3] = {**rules[3], "inside": "other"}
+    ledger.amend_kind(with_rules(rules), REMAP, gone=[], new=[rules[3]])
+    removed = rules.pop(7)
+    ledger.amend_kind(with_rules(rules), REMAP, gone=[REMAP.key_of(removed)], new=[])
+    assert (folder / "ports" / "1.kinds.json").read_bytes() == whole
+    return ledger, rules, folder / "ports" / "1.kinds.log"
+
+
+def test_a_change_of_few_records_is_a_line_behind_the_others(tmp_path: Path) -> None:
+    _, rules, log = amended(tmp_path)
+    assert len(log.read_bytes()) < 300
+    assert kinds(tmp_path) == {"qos": [{"direction": "to"}], "remap": rules}
+    assert not log.exists()
+    assert kinds(tmp_path)["remap"] == rules
+
+
+def test_half_a_line_was_never_said_to_be_written(tmp_path: Path) -> None:
+    _, rules, log = amended(tmp_path)
+    with log.open("ab") as file:
+        file.write(b'{"kind":"remap","key":["outs')
+    assert kinds(tmp_path)["remap"] == rules
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    log = amended(tmp_path)[2]
+    log.write_bytes(b"what?\n" + log.read_bytes())
+    with pytest.raises(KernelError, match=r"1\.kinds\.log"):
+        Ledger(tmp_path).ports()
+
+
+def test_a_line_that_cannot_be_written_leaves_none(tmp_path: Path) -> None:
+    ledger, rules, log = amended(tmp_path)
+    before = log.read_bytes()
+    with full_disk(), pytest.raises(KernelError, match=r"1\.kinds\.log"):
+        ledger.amend_kind(with_rules(rules), REMAP, gone=[], new=[{**rules[0], "inside": "third"}])
+    assert log.read_bytes() == before
+    assert kinds(tmp_path)["remap"] == rules
+
+
+def test_a_crash_between_the_whole_and_the_end_of_the_log_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, rules, log = amended(tmp_path)
+    rules[3] = {**rules[3], "inside": "newest"}
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", lambda *_, **__: None)
+        ledger.save_kinds(with_rules(rules))
+    assert log.exists()
+    assert kinds(tmp_path)["remap"] == rules
+
+
+def test_a_log_does_not_grow_without_end(tmp_path: Path) -> None:
+    ledger, rules, log = amended(tmp_path)
+    largest = 0
+    for number in range(400):
+        rules[5] = {**rules[5], "inside": f"{number}" + "x" * 1000}
+        ledger.amend_kind(with_rules(rules), REMAP, gone=[], new=[rules[5]])
+        largest = max(largest, log.stat().st_size if log.exists() else 0)
+    assert 100_000 < largest < 300_000
+    assert kinds(tmp_path)["remap"] == rules

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.ledger import Ledger, PortEntry
@@ -21,6 +21,9 @@ from datapath.state.kind import Kind, Nature, Op, Record, Table
 
 if TYPE_CHECKING:
     from datapath.drivers.ebpf.running import Running
+
+
+Keyed = dict[tuple[Any, ...], Record]
 
 
 class KindTable(abc.ABC):
@@ -43,6 +46,21 @@ class KindTable(abc.ABC):
         maps were taken over: whatever is there, this is what it has to be. Live state that is there stays.
         Raises LoadRejected or UnsupportedKind; then nothing has changed.
         """
+
+    def amend(
+        self,
+        instance: Instance,
+        records: Sequence[Record],
+        before: Sequence[Record],
+        *,
+        gone: Sequence[Record],  # noqa: ARG002
+        new: Sequence[Record],  # noqa: ARG002
+    ) -> None:
+        """As `apply`, of a port that this process knows: `gone` is no more, or otherwise, and `new` is.
+
+        For a kind with so many records that a change of one may not look at the others.
+        """
+        self.apply(instance, records, before)
 
     @abc.abstractmethod
     def clear(self, slot: int) -> None:
@@ -113,6 +131,7 @@ class KindTables:
     def __init__(self, tables: Iterable[KindTable], ledger: Ledger) -> None:
         self._tables: Mapping[str, KindTable] = {table.kind.name: table for table in tables}
         self._ledger = ledger
+        self._keyed: dict[tuple[int, str], tuple[Sequence[Record], Keyed]] = {}  # of slot and kind: of what, and it
 
     def __contains__(self, name: str) -> bool:
         return name in self._tables
@@ -180,8 +199,9 @@ class KindTables:
         return self._tables[name]
 
     def clear(self, slot: int) -> None:
-        for table in self._tables.values():
+        for name, table in self._tables.items():
             table.clear(slot)
+            self._keyed.pop((slot, name), None)
 
     def _used(self, instance: Instance) -> list[tuple[KindTable, Sequence[Record]]]:
         """Those that the port has records of."""
@@ -232,11 +252,22 @@ class KindTables:
         named = {kind.key_of(record): record for record in records}
         if len(named) != len(records):
             raise LoadRejected(f"{kind.name}: two records have one key", hint=f"{', '.join(kind.key)} differ in each")
+        known = self._by_key(kind, instance.slot, before)
         bare = {key: kind.bare(record) for key, record in named.items()} if op is Op.LOAD else {}
-        kept = {kind.key_of(one): one for one in before}
-        wanted = tuple({**{key: one for key, one in kept.items() if key not in named or key in bare}, **bare}.values())
-        if wanted == tuple(before):
+        new = {key: record for key, record in bare.items() if known.get(key) != record}
+        gone = {key: known[key] for key in named if key in known and (key in new or key not in bare)}
+        if not new and not gone:
             return
-        part.apply(instance, wanted, before)
-        instance.entry = replace(instance.entry, kinds={**instance.entry.kinds, kind.name: wanted})
-        self._ledger.save_kinds(instance.entry)
+        wanted = {**known, **new}
+        for key in gone.keys() - new.keys():
+            del wanted[key]
+        after = tuple(wanted.values())
+        part.amend(instance, after, before, gone=tuple(gone.values()), new=tuple(new.values()))
+        self._keyed[instance.slot, kind.name] = (after, wanted)
+        instance.entry = replace(instance.entry, kinds={**instance.entry.kinds, kind.name: after})
+        self._ledger.amend_kind(instance.entry, kind, gone=[*(gone.keys() - new.keys())], new=[*new.values()])
+
+    def _by_key(self, kind: Kind, slot: int, records: Sequence[Record]) -> Keyed:
+        """A port's records by their keys: made once, as long as they are the same."""
+        made_of, keyed = self._keyed.get((slot, kind.name), ((), {}))
+        return keyed if made_of is records else {kind.key_of(record): record for record in records}

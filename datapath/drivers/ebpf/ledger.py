@@ -2,8 +2,8 @@
 
 JSON files in `state_dir`: SLOT.json, SLOT.rules.json, SLOT.kinds.json and SLOT.carried.json for a port, one for
 networks, one for hosts.
-A file is replaced by rename, so a crash leaves the old or the new one. The maps are the truth for everything that
-programs change: states, gates, clocks, tables.
+A file is replaced by rename, so a crash leaves the old or the new one; a change of few among many records is a line
+behind it, in SLOT.kinds.log. The maps are the truth for everything that programs change: states, gates, clocks, tables.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,14 @@ from numpy.typing import NDArray
 
 from datapath.errors import KernelError
 from datapath.provider import Network, NetworkKind, PortRef
-from datapath.state.kind import Record
+from datapath.state.kind import Kind, Record
 
 _PARTS = ("rules", "carried", "kinds")
+_WRITABLE = "the driver's state_dir has to be writable"
+_LOGGED_FROM = 256  # records of a kind: fewer are written anew each time
+_LOG_MAX = 1 << 18  # bytes; then the whole is written, and the log begins anew
+
+Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,17 @@ class Ledger:
     def ports(self) -> list[PortEntry]:
         """Every port instance, by slot."""
         slots = sorted(int(path.stem) for path in self._ports.glob("*.json") if path.stem.isdigit())
-        return [self._port(slot) for slot in slots]
+        entries = [self._port(slot) for slot in slots]
+        for entry in entries:
+            if self._log(entry.slot).exists():
+                self.save_kinds(entry)  # its last line may be half written: no other shall follow that
+        return entries
 
     def _port(self, slot: int) -> PortEntry:
         values = _read(self._ports / f"{slot}.json")
         rules, carried, kinds = (_read_or_none(self._ports / f"{slot}.{part}.json") for part in _PARTS)
         parts = {"ref": PortRef(**values["ref"]), "rules": tuple(rules or ()), "carried": carried or {}}
-        parts["kinds"] = {name: tuple(records) for name, records in (kinds or {}).items()}
+        parts["kinds"] = _amended({name: tuple(records) for name, records in (kinds or {}).items()}, self._log(slot))
         return PortEntry(**{**values, **parts})
 
     def save_port(self, entry: PortEntry) -> None:
@@ -110,7 +119,23 @@ class Ledger:
         _write(self._ports / f"{entry.slot}.rules.json", entry.rules)
 
     def save_kinds(self, entry: PortEntry) -> None:
+        """All of them. A log that is there is taken away after it, and says the same until then."""
+        log = self._log(entry.slot)
+        if log.exists():
+            _append(log, {"whole": entry.kinds})
         _write(self._ports / f"{entry.slot}.kinds.json", entry.kinds)
+        log.unlink(missing_ok=True)
+
+    def amend_kind(self, entry: PortEntry, kind: Kind, gone: Sequence[Key], new: Sequence[Record]) -> None:
+        """All that has changed in `entry`: a kind lost some keys, and some of its records are new or otherwise."""
+        if len(entry.kinds[kind.name]) >= max(_LOGGED_FROM, 8 * (len(gone) + len(new))):
+            change = {"kind": kind.name, "key": kind.key, "gone": gone, "new": new}
+            if _append(self._log(entry.slot), change) <= _LOG_MAX:
+                return
+        self.save_kinds(entry)
+
+    def _log(self, slot: int) -> Path:
+        return self._ports / f"{slot}.kinds.log"
 
     def save_carried(self, entry: PortEntry) -> None:
         _write(self._ports / f"{entry.slot}.carried.json", entry.carried)
@@ -198,8 +223,12 @@ def _read_or_none(path: Path) -> Any:
 
 
 def _read(path: Path) -> Any:
+    return _parsed(path.read_bytes(), path)
+
+
+def _parsed(text: bytes, path: Path) -> Any:
     try:
-        values: Any = json.loads(path.read_text())
+        values: Any = json.loads(text)
     except ValueError as error:
         raise KernelError(
             f"read {path}: {error}", 5, hint="the file was damaged; move it away and stage its port again"
@@ -207,11 +236,46 @@ def _read(path: Path) -> Any:
     return values
 
 
+def _amended(kinds: dict[str, tuple[Record, ...]], log: Path) -> dict[str, tuple[Record, ...]]:
+    """Records with what a log says of them. Its last line may be half written: then nobody was told that it is so."""
+    lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+    keyed: dict[str, dict[Key, Record]] = {}
+    for change in (_parsed(line, log) for line in lines):
+        if "whole" in change:
+            kinds, keyed = {name: tuple(records) for name, records in change["whole"].items()}, {}
+            continue
+        name, key = change["kind"], change["key"]
+        if name not in keyed:
+            keyed[name] = {tuple(one[field] for field in key): one for one in kinds.get(name, ())}
+        for gone in change["gone"]:
+            keyed[name].pop(tuple(gone), None)
+        keyed[name] |= {tuple(one[field] for field in key): one for one in change["new"]}
+    return {**kinds, **{name: tuple(records.values()) for name, records in keyed.items()}}
+
+
 def _write(path: Path, values: Any) -> None:
     with _replacing(path) as partial, partial.open("w") as file:
         file.write(json.dumps(values, separators=(",", ":")))  # many times as fast as json.dump
         file.flush()
         os.fsync(file.fileno())
+
+
+def _append(path: Path, values: Any) -> int:
+    """One line more. Returns the file's size. Raises KernelError; then the file is as it was."""
+    line = json.dumps(values, separators=(",", ":")).encode() + b"\n"
+    try:
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise KernelError(f"write {path}", error.errno or errno.EIO, hint=_WRITABLE) from error
+    return size + len(line)
 
 
 @contextlib.contextmanager
@@ -224,6 +288,4 @@ def _replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise KernelError(
-            f"write {path}", error.errno or errno.EIO, hint="the driver's state_dir has to be writable"
-        ) from error
+        raise KernelError(f"write {path}", error.errno or errno.EIO, hint=_WRITABLE) from error

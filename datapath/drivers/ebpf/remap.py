@@ -17,7 +17,7 @@ from datapath.drivers.ebpf.layout import REMAP_ENTRY, REMAP_KEY, C
 from datapath.drivers.ebpf.maps import Records
 from datapath.errors import LoadRejected
 from datapath.state.kind import Record
-from datapath.state.remap import COUNTERS, PROTOCOLS, REMAP, problems
+from datapath.state.remap import COUNTERS, PROTOCOLS, REMAP, ByAddress, problems
 
 if TYPE_CHECKING:
     from datapath.drivers.ebpf.running import Running
@@ -52,7 +52,10 @@ def _ends(records: Sequence[Record], side: str) -> list[_End]:
 
 def _rows(ends: list[_End], others: list[_End]) -> list[_Row]:
     """Of one side: a row for each rule, and one for each address that has rules by port only."""
-    by_port = {end[0]: other[0] for end, other in zip(ends, others, strict=True) if end[1]}
+    by_port: dict[str, str] = {}
+    for end, other in zip(ends, others, strict=True):
+        if end[1]:  # of several addresses one, whatever the order of the rules
+            by_port[end[0]] = min(other[0], by_port.get(end[0], other[0]))
     beside = {address for address, proto, _ in others if proto}
     rule, ports, aside = int(C.REMAP_F_RULE), int(C.REMAP_F_PORTS), int(C.REMAP_F_BESIDE)
     rows: list[_Row] = []
@@ -87,19 +90,38 @@ class RemapTable(KindTable):
         self._map = parts.kernel.remaps
         self._lock = threading.Lock()  # of what follows
         self._sizes: dict[int, int] | None = None
+        self._addresses: dict[int, tuple[Sequence[Record], ByAddress]] = {}  # by slot: of which rules, and it
 
     # ---- make ----
 
-    def apply(self, instance: Instance, records: Sequence[Record], before: Sequence[Record]) -> None:
-        """An element depends on the rules with its inside address: those of addresses that changed are written."""
+    def apply(self, instance: Instance, records: Sequence[Record], before: Sequence[Record]) -> None:  # noqa: ARG002
+        self._change(instance.slot, records, self._there(instance.slot), records)
+
+    def amend(
+        self,
+        instance: Instance,
+        records: Sequence[Record],
+        before: Sequence[Record],
+        *,
+        gone: Sequence[Record],
+        new: Sequence[Record],
+    ) -> None:
+        """What rules that share no address with the changed ones are is no matter, and their elements stay."""
         slot = instance.slot
-        if before:
-            touched = {rule[2] for rule in set(map(_rule, records)) ^ set(map(_rule, before))}
-            new = [record for record in records if record["inside"] in touched]
-            here = elements(slot, [record for record in before if record["inside"] in touched])
-        else:
-            new, here = list(records), self._there(slot)
-        found = problems(records)
+        if not before:
+            self.apply(instance, records, before)
+            return
+        made_of, addresses = self._addresses.pop(slot, ((), None))
+        if addresses is None or made_of is not before:
+            addresses = ByAddress(before)
+        here = elements(slot, addresses.near((*gone, *new)))
+        addresses.change(gone, new)
+        self._change(slot, addresses.near((*gone, *new)), here, records)
+        self._addresses[slot] = (records, addresses)
+
+    def _change(self, slot: int, new: Sequence[Record], here: Elements, records: Sequence[Record]) -> None:
+        """Of the port's `records` these are to be written: in place of the elements that are here of them."""
+        found = problems(new)
         if found:
             raise LoadRejected(f"remap: {'; '.join(found[:5])}", hint="rules are one to one; nothing was changed")
         wanted = elements(slot, new)
@@ -133,6 +155,7 @@ class RemapTable(KindTable):
 
     def clear(self, slot: int) -> None:
         self._enable(slot, on=False)
+        self._addresses.pop(slot, None)
         keys, _ = self._there(slot)
         self._map.delete_many(keys)
         self._grow(slot, -len(keys))
@@ -199,10 +222,6 @@ class RemapTable(KindTable):
     def obstacles(self, records: Sequence[Record]) -> list[str]:
         needed, room = len(elements(0, records)[0]), self._room()
         return [f"remap: {needed} elements are needed, and there is room for {room}"] if needed > room else []
-
-
-def _rule(record: Record) -> tuple[str, ...]:
-    return record["outside"], record["protocol"], record["inside"], record["outside_port"], record["inside_port"]
 
 
 def _text(record: Record) -> str:
