@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+from datapath.registry import KINDS
 from migrator import config
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.catalog import Catalog, device_at, networks_of, place_names, place_writes, sets_of
@@ -275,6 +276,7 @@ def _check(after: Catalog, planned: Planned) -> None:
                 planned.warnings.append(f"port {key}: address {address} is also port {other}'s")
     _check_vms(after, planned)
     changed = frozenset(write.name for write in planned.writes if write.sort == "port")
+    _check_rules(after, {write.name for write in planned.writes if write.sort == "policy"}, changed)
     planned.warnings += check_claims(after.ports.values(), changed)
 
 
@@ -312,6 +314,25 @@ def _missing_kinds(after: Catalog, port: pb.Port) -> list[str]:
     """Kinds of the port that the host where its VM is has said nothing of; one that was never seen says nothing."""
     host = after.hosts.get(port.host)
     return sorted(name for name in port.kinds if name not in host.kinds) if host is not None and host.kinds else []
+
+
+def _check_rules(after: Catalog, policies: Set[str], ports: Set[str]) -> None:
+    """An older agent does not see what newer fields of a rule ask for: it would admit more than the rule says."""
+    newer = KINDS["acl"].since
+    used: dict[str, list[str]] = {}
+    for key, port in after.ports.items():
+        host = after.hosts.get(port.host)
+        if host is None or not host.kinds or (key not in ports and port.policy not in policies):
+            continue
+        if port.policy not in used:
+            rules = after.policies[port.policy].rules if port.policy else ()
+            used[port.policy] = [name for name in newer if any(getattr(rule, name) for rule in rules)]
+        unknown = [name for name in used[port.policy] if newer[name] > host.kinds.get("acl", 0)]
+        if unknown:
+            raise ConfigInvalid(
+                f"policy {port.policy}: the agent of {port.host} (port {key}) knows no rules with {unknown[0]}",
+                hint=f"its version is {host.version or 'unknown'}: upgrade it before such rules are declared",
+            )
 
 
 def _held(after: Catalog, port: pb.Port) -> str:

@@ -255,3 +255,21 @@ def test_a_name_that_is_taken_refuses_no_start(tmp_path: Path) -> None:
         assert (await ports_of(bench))[SECOND].name == ""
 
     scenario(tmp_path, test)
+
+
+def test_rules_that_an_older_agent_would_read_as_wider_are_refused(tmp_path: Path) -> None:
+    async def test(bench: Bench, _: Hypervised, __: Hypervised) -> None:
+        kinds = bench.cluster.store.catalog.hosts["h1"].kinds
+        kinds["acl"] = 1
+        await declare(bench, "h1", port())
+        rule = pb.Rule(direction="to", priority=1, protocol="any", action="allow", label="0x1/0x1")
+        wanted = pb.ApplyRequest(config=pb.Config(policies=[pb.Policy(name="web", rules=[rule])]))
+        await refused(bench.stub.Apply(wanted), ConfigInvalid, "the agent of h1")
+        await refused(bench.stub.Apply(wanted), ConfigInvalid, "knows no rules with label")
+        assert not (await bench.stub.Show(pb.Empty())).policies[0].rules
+        kinds["acl"] = 2
+        await bench.stub.Apply(wanted)
+        kinds["acl"] = 1
+        await refused(declare(bench, "h1", port(), port(SECOND)), ConfigInvalid, "knows no rules with label")
+
+    scenario(tmp_path, test)
