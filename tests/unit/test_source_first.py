@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from datapath.provider import PortRef
+from migrator.agent import destination
 from migrator.agent.destination import PASSED_ON_S, SOURCE_FIRST_S
 
 from .pair import MACS, World, world
@@ -21,7 +22,7 @@ SENT = 5
 def watched(w: World, came: Callable[[int], int]) -> list[tuple[int, float]]:
     """The source has redirected SENT frames of each port; `came(n)`: how many are there when asked for the n-th time.
     For each port that is let go: how often it was asked before, and for how long."""
-    source, destination = w.driver("a"), w.driver("b")
+    source, there = w.driver("a"), w.driver("b")
     asked: list[float] = []
     released: list[tuple[int, float]] = []
 
@@ -31,16 +32,19 @@ def watched(w: World, came: Callable[[int], int]) -> list[tuple[int, float]]:
 
     def set_broadcast(ref: PortRef, on: bool) -> None:
         released.append((len(asked), time.monotonic() - asked[0]))
-        type(destination).set_broadcast(destination, ref, on)
+        type(there).set_broadcast(there, ref, on)
 
     source.passed_on = lambda _: (SENT, 0)  # type: ignore[method-assign]
-    destination.passed_on = passed_on  # type: ignore[method-assign]
-    destination.set_broadcast = set_broadcast  # type: ignore[method-assign]
+    there.passed_on = passed_on  # type: ignore[method-assign]
+    there.set_broadcast = set_broadcast  # type: ignore[method-assign]
     return released
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["all come", "one is lost"])
-def test_rule_the_frames_of_the_source_come_first(tmp_path: Path, lost: bool) -> None:
+def test_rule_the_frames_of_the_source_come_first(tmp_path: Path, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not lost:  # however slowly the machine asks
+        monkeypatch.setattr(destination, "PASSED_ON_S", 30.0)
+
     async def scenario() -> list[tuple[int, float]]:
         async with world(tmp_path, "a", "b") as w:
             released = watched(w, lambda asked: min(asked, SENT - 1) if lost else asked)
