@@ -64,7 +64,7 @@ def by_key(columns: Columns) -> dict[bytes, tuple[Any, ...]]:
     """Key -> other columns but age, for comparison."""
     count = len(columns["laddr"])
     keys = [b"".join(parts) for parts in zip(*(_bytes(columns[name], count) for name in CONNTRACK.key), strict=True)]
-    names = [name for name in columns if name not in (*CONNTRACK.key, "age_ns")]
+    names = [name for name in CONNTRACK.columns if name in columns and name not in (*CONNTRACK.key, "age_ns")]
     rows = zip(*(columns[name].tolist() for name in names), strict=True)
     return dict(zip(keys, rows, strict=True))
 
