@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +17,7 @@ from migrator.lab.machines import Machine
 from migrator.lab.processes import Worker, wait_until
 from migrator.lab.workers import frames
 
+from .rough_path import rough_path, single
 from .world import World
 
 PORT = 9410
@@ -47,6 +50,43 @@ def outside(world: World, machine: Machine) -> list[int]:
 
 def _key(machine: Machine) -> str:
     return f"{machine.uuid}/{machine.ports[0].mac}"
+
+
+@contextlib.contextmanager
+def iperf(namespace: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = netns.inside(namespace, ["iperf3", "-p", str(PORT), *arguments])
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    try:
+        if "-s" in arguments:
+            wait_until("iperf3 listens", lambda: _listens(namespace), 20.0)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _listens(namespace: str) -> bool:
+    command = netns.inside(namespace, ["ss", "-Hltn", f"sport = :{PORT}"])
+    return subprocess.run(command, capture_output=True, check=True).stdout != b""
+
+
+def checked(world: World, machine: Machine) -> int:
+    """Connections whose windows are known in both directions."""
+    columns = oracle.columns(world.cluster, machine.place(), machine)
+    known = columns.get("window_flags")
+    return 0 if known is None else int((known & 7 == 3).sum())
+
+
+def run_across(world: World, vm: Machine, server: str, client: str, address: str) -> dict[str, Any]:
+    """iperf3 in both directions at once, there and back meanwhile. Returns its summary."""
+    with iperf(server, "-s", "-1"), iperf(client, "-c", address, "-t", "8", "-P", "2", "--bidir", "-J") as running:
+        wait_until("connections are checked", lambda: checked(world, vm) >= 4, 20.0)
+        for host in ("h2", "h1"):
+            world.move(vm, host)
+            assert checked(world, vm) >= 4, "the destination knows the windows"
+        output, _ = running.communicate(timeout=60)
+    end: dict[str, Any] = json.loads(output)["end"]
+    return end
 
 
 def _name(machine: Machine) -> str:
@@ -154,3 +194,44 @@ def test_what_is_forged_does_not_reach_the_guest(world: World) -> None:
         )
         assert seen(capture) == 0
         link.exchange()
+
+
+def test_without_the_option_it_does(world: World) -> None:
+    """What the other tests drop would pass, and counting alone drops nothing."""
+    vm, peer = world.vm("h1", policy="open"), world.peer("h3")
+    declare(world, vm, {"check": "count"})
+    capture = vm.worker("raw")
+    capture.call("capture")
+    with contextlib.closing(Link(world, vm, peer)) as link:
+        link.forge()
+        wait_until("it comes to the guest", lambda: seen(capture) == 1, 10.0)
+        assert outside(world, vm) == [0, 3]
+        declare(world, vm, None)
+        link.forge()
+        wait_until("it comes to the guest", lambda: seen(capture) == 2, 10.0)
+        link.exchange()
+
+
+def test_no_segment_of_a_real_connection_is_outside(world: World) -> None:
+    """Large frames of offloads, scaled windows, SACK: both ends are Linux's own TCP, in the largest frames it makes."""
+    vm, peer = world.vm("h1", policy="open"), world.peer("h3")
+    declare(world, vm, {"check": "strict"})
+    end = run_across(world, vm, _name(vm), _name(peer), vm.address)
+    assert min(end["sum_received"]["bytes"], end["sum_received_bidir_reverse"]["bytes"]) > 1 << 20
+    world.cluster.settled(vm)
+    assert outside(world, vm) == [0, 0]
+
+
+def test_a_path_that_loses_doubles_and_reorders(world: World) -> None:
+    """The same where a hundredth is lost, a hundredth comes twice and a fifth late, before and behind the switch."""
+    vm, peer = world.vm("h1", policy="open"), world.peer("h3")
+    declare(world, vm, {"check": "strict"})
+    single(_name(vm))
+    seed = random.randrange(1 << 32)
+    with rough_path(peer, seed) as (path, namespace):
+        end = run_across(world, vm, _name(vm), namespace, vm.address)
+    where = f"seed {seed}: {path.lost} lost, {path.doubled} doubled, {path.late} late"
+    assert min(path.lost, path.doubled, path.late) > 10, where
+    assert end["sum_sent"]["retransmits"] > 0, where
+    world.cluster.settled(vm)
+    assert outside(world, vm) == [0, 0], where
