@@ -46,6 +46,10 @@ POLICIES: list[dict[str, Any]] = [
     },
 ]
 
+BRIEF_S = 12
+BRIEF = dict.fromkeys(("tcp_established", "udp", "udp_stream"), BRIEF_S * 1000)
+POLICIES.append({**POLICIES[0], "name": "brief", "timeouts_ms": BRIEF})
+
 MEMORY_MS = 50
 # lines of the daemons' logs that any test may cause: a peer's port has no hypervisor behind it
 EXPECTED: tuple[str, ...] = ()
