@@ -35,13 +35,13 @@ COLOURS = """struct {
 GROWN = (
     Edit(TYPES, "\t__u64 commit; /* epoch", "\t__u64 colour;\n\t__u64 commit; /* epoch"),
     Edit(LAYOUT, '        ("commit", "<u8"),\n', '        ("colour", "<u8"),\n        ("commit", "<u8"),\n'),
-    Edit(TYPES, "\t__u32 mark;\n\t__u64 packets[2];         /*", "\t__u64 label[2];\n\t__u64 packets[2];         /*"),
+    Edit(TYPES, "\t__u32 mark;\n\t__u64 packets[2];         /*", "\t__u64 tint[2];\n\t__u64 packets[2];         /*"),
     Edit(TYPES, "\t__u64 id;     /* connection id", "\t__u32 mark;\n\t__u32 zone;\n\t__u64 id;     /* connection id"),
     Edit(
         LAYOUT,
         '        ("id", "<u8"),\n        ("judged", "<u4"),\n        ("mark", "<u4"),\n',
         '        ("mark", "<u4"),\n        ("zone", "<u4"),\n        ("id", "<u8"),\n'
-        '        ("judged", "<u4"),\n        ("label", "<u8", 2),\n',
+        '        ("judged", "<u4"),\n        ("tint", "<u8", 2),\n',
     ),
     Edit(MAPS, "/* The agent maps it into its memory", COLOURS + "\n/* The agent maps it into its memory"),
     Edit("migrator/protocol.py", "MAJOR, MINOR = 1, 1", "MAJOR, MINOR = 1, 99"),
