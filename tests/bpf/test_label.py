@@ -144,12 +144,17 @@ def test_the_agent_changes_them_and_the_policy_looks_again(ports: Ports, exchang
     key, other = port.key(UDP, rport=53), port.key(TCP)
     fragment = port.key(UDP, 1, 2, type=MODEL.CT_TYPE_FRAGMENT)
     port.put(fragment, MODEL.CT_NEW, mark=77, id=5)
+    dead, missing = port.key(UDP, 3), port.key(UDP, 4)
+    port.put(dead, MODEL.CT_ESTABLISHED, MODEL.CT_F_DEAD, id=6)
     port.drain()
     for index, one in enumerate((key, other, fragment)):
         number = port.entry(one).id + (one == other)  # that of a connection which has ended
         place(exchange[index], one, id=number, mark=0xBAD, label=(1, 2))
-    assert call(port, "ct_relabel", 3) == (0, 1)
-    assert [exchange[index].found for index in range(3)] == [1, 0, 0]
+    place(exchange[3], dead, id=6, mark=0xBAD)
+    place(exchange[4], missing, id=7, mark=0xBAD)
+    assert call(port, "ct_relabel", 5) == (0, 1)
+    assert [exchange[index].found for index in range(5)] == [1, 0, 0, 0, 0]
+    assert port.entry(dead).mark == 0 and port.entry(missing) is None
     assert port.drain() == {key}
     assert (port.entry(key).mark, list(port.entry(key).label)) == (0xBAD, [1, 2])
     assert (port.entry(other).mark, port.entry(fragment).mark) == (0, 77)

@@ -42,10 +42,11 @@ UNREACHED = {
     "coordinator.done": ELSEWHERE,
 }
 """Points that no move of a QEMU guest comes to when nothing else goes wrong, and why."""
-SOMETIMES = {"coordinator.in-doubt", "source.send.ask", "destination.got.ask", "destination.send.answer"} | {
-    "source.got.answer"
+SOMETIMES = {
+    *("coordinator.in-doubt", "source.send.ask", "destination.got.ask", "destination.send.answer", "source.got.answer"),
+    *("agent.send.progress.failed", "coordinator.got.progress.failed"),
 }
-"""Only when the guest stands for longer than one expects of it."""
+"""Only when the guest stands for longer than one expects of it, or its move takes longer than it may."""
 CALLS = [f"hook.{operation}" for operations in HOOKS.values() for operation in operations]
 PHASES = [point for point in faults.points() if point.count(".") == 1]
 MESSAGES = [point for point in faults.points() if point.count(".") > 1]

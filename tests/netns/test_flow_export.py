@@ -108,7 +108,7 @@ def assert_continuous(collectors: Collectors, version: str) -> None:
     """One source, one domain, no gap in the sequence, and an uptime that goes on."""
     names = ("ip.src", "cflow.sequence", "cflow.od_id" if version == "ipfix" else "cflow.source_id", "cflow.sysuptime")
     rows = collectors.tshark(*names, "cflow.flowset_id")
-    assert len(rows) > 10
+    assert len(rows) > 5  # one a second at least
     assert {(row[0], row[2]) for row in rows} == {(EXPORTER, "4711")}
     sequence = [int(row[1]) for row in rows]
     assert sequence == sorted(sequence) and len(set(sequence)) == len(sequence)
