@@ -36,7 +36,7 @@ def measure(*, quick: bool) -> Figures:
 
 def _times(others: int, rounds: int) -> dict[str, list[float]]:
     """Milliseconds. Of ours CPU: what another process takes of this one's time is no property of the table."""
-    with ebpf_host() as host, nf_conntrack(others, marked=True) as peer:
+    with nf_conntrack(others, marked=True) as peer, ebpf_host() as host:  # see tables
         ref = staged(host, MARKED, 1)
         if others:
             staged(host, others, 1, last=2)

@@ -64,7 +64,7 @@ class Size:
 
 def _one_size(count: int, rounds: int) -> Size:
     size = Size()
-    with ebpf_host() as host, nf_conntrack(count) as peer:
+    with nf_conntrack(count) as peer, ebpf_host() as host:  # its thread leaves the namespace of the limits
         ref = staged(host, count, 1)
         for number in range(-1 if count <= 100_000 else 0, rounds):  # the first is to warm up
             kept = size if number >= 0 else Size()
