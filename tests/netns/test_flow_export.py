@@ -76,6 +76,7 @@ def test_three_moves_are_counted_exactly(world: World, tmp_path: Path, version: 
         bursts.finish()
         expected = settled(truth)
         world.cluster.settled(vm)
+        assert exporting(world, "h2")
         export(world, vm)
         wait_until("nothing more is exported", lambda: not exporting(world, "h2"), 20.0)
         collectors.finish()
