@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.local import checkpoint_of
 from migrator.cli.main import run
-from migrator.security import authority
+from migrator.security import authority, transport
 from migrator.security.files import read
 from migrator.security.identity import Identity, Role
 from migrator.security.settings import folder
@@ -172,6 +172,7 @@ def test_no_key_and_no_token_is_printed_logged_reported_or_in_a_snapshot(
 ) -> None:
     shown: list[bytes] = []
     tokens: list[bytes] = []
+    monkeypatch.setattr(transport, "LOOK_S", 0.0)  # what changed a moment ago is seen at the next look
 
     async def scenario() -> None:
         async with world(tmp_path, "a", "b", tls=True) as w:
