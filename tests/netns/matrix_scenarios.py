@@ -80,12 +80,12 @@ def _changed(roles: Roles, _: Move) -> None:
     """Configuration changes while the tables are copied, and a port of another VM goes."""
     cluster = roles.stage.cluster
     go_on(roles.stage)
-    first, second = POLICIES
-    more = [*second["rules"], {"direction": "to", "priority": 90, "protocol": "udp", "ports": ["5"], "action": "allow"}]
+    rule = {"direction": "to", "priority": 90, "protocol": "udp", "ports": ["5"], "action": "allow"}
+    wider = [{**one, "rules": [*one["rules"], rule]} if one["name"] == "server" else one for one in POLICIES]
     port = {"vm": OTHER, "mac": "02:00:00:00:00:77", "network": "blue", "host": roles.here, "device": "none0"}
     removal = pb.Removal(sort="port", name=f"{OTHER}/{port['mac']}")
     roles.stage.change(
-        lambda: cluster.apply(policies=[first, {**second, "rules": more}]),
+        lambda: cluster.apply(policies=wider),
         lambda: cluster.apply(ports=[port]),
         lambda: cluster.coordinator_stub().Remove(removal, timeout=10),
         lambda: cluster.apply(policies=POLICIES),
