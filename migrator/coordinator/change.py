@@ -21,6 +21,7 @@ from migrator.errors import AlreadyMigrating, ConfigInvalid, ObjectNotFound
 
 RULE_COUNTER = "rule"
 RULE_ID_MAX = (1 << 32) - 1
+_ON_ITS_WAY = "the VM is being moved there, wait for the end of it or abort it"
 
 
 def epoch_counter(vm: str) -> str:
@@ -74,11 +75,12 @@ class Counters:
 Running = Mapping[tuple[str, str, str], int]
 """(vm, mac, host) -> epoch of the active instance that the host's agent has."""
 
+Moving = Mapping[str, str]
+"""VM that is being moved -> the host where it is to go."""
 
-def plan_apply(
-    catalog: Catalog, wanted: config.Config, journal: Journal, migrating: frozenset[str], running: Running
-) -> Planned:
-    """Writes that make `wanted` so; what it does not name stays. `migrating`: VMs that are being moved.
+
+def plan_apply(catalog: Catalog, wanted: config.Config, journal: Journal, moving: Moving, running: Running) -> Planned:
+    """Writes that make `wanted` so; what it does not name stays.
 
     Raises ConfigInvalid or AlreadyMigrating.
     """
@@ -93,13 +95,13 @@ def plan_apply(
         planned.put(catalog, "policy", policy.name, _with_ids(catalog, policy, counters))
     for port in wanted.ports:
         message = config.to_message(port)
-        _plan_port(catalog, message, planned, migrating)
+        _plan_port(catalog, message, planned, moving)
         _plan_places(catalog, message, planned, counters, running)
-    _check(outcome(catalog, planned), planned)
+    _check(outcome(catalog, planned), planned, moving)
     return planned
 
 
-def plan_removal(catalog: Catalog, sort: str, name: str, migrating: frozenset[str]) -> Planned:
+def plan_removal(catalog: Catalog, sort: str, name: str, moving: Moving) -> Planned:
     """Writes that remove one object.
 
     Raises ObjectNotFound, ConfigInvalid (something still refers to it) or AlreadyMigrating.
@@ -116,7 +118,7 @@ def plan_removal(catalog: Catalog, sort: str, name: str, migrating: frozenset[st
         raise ConfigInvalid(f"{sort} {name} is in use by {', '.join(users[:5])}", hint="remove or change these first")
     planned = Planned(writes=[Write(sort, name, None)], changed=[f"{sort} {name}: removed"])
     if sort == "port":
-        _refuse_moving(known.vm, migrating)
+        _refuse_moving(known.vm, moving)
         planned.writes += [Write("place", place, None) for place in place_names(known) if place in catalog.places]
     return planned
 
@@ -149,8 +151,8 @@ def _refuse_twins(wanted: config.Config) -> None:
             raise ConfigInvalid(f"{sort} {twice[0]} is given twice")
 
 
-def _refuse_moving(vm: str, migrating: frozenset[str]) -> None:
-    if vm in migrating:
+def _refuse_moving(vm: str, moving: Moving) -> None:
+    if vm in moving:
         raise AlreadyMigrating(f"VM {vm} is being moved: its ports cannot be added or removed", hint="wait for its end")
 
 
@@ -204,11 +206,11 @@ def _same_but_id(old: pb.Rule, new: pb.Rule) -> bool:
     return probe == old
 
 
-def _plan_port(catalog: Catalog, port: pb.Port, planned: Planned, migrating: frozenset[str]) -> None:
+def _plan_port(catalog: Catalog, port: pb.Port, planned: Planned, moving: Moving) -> None:
     key = f"{port.vm}/{port.mac}"
     known = catalog.ports.get(key)
     if known is None:
-        _refuse_moving(port.vm, migrating)
+        _refuse_moving(port.vm, moving)
         port.host = port.host or catalog.host_of(port.vm)
     else:
         if known.network != port.network:
@@ -257,7 +259,7 @@ def outcome(catalog: Catalog, planned: Planned) -> Catalog:
     return after
 
 
-def _check(after: Catalog, planned: Planned) -> None:
+def _check(after: Catalog, planned: Planned, moving: Moving) -> None:
     _check_networks(after)
     for policy in (after.policies[write.name] for write in planned.writes if write.sort == "policy"):
         for name in sorted(sets_of(policy) - after.sets.keys()):
@@ -276,7 +278,9 @@ def _check(after: Catalog, planned: Planned) -> None:
                 planned.warnings.append(f"port {key}: address {address} is also port {other}'s")
     _check_vms(after, planned)
     changed = frozenset(write.name for write in planned.writes if write.sort == "port")
-    _check_rules(after, {write.name for write in planned.writes if write.sort == "policy"}, changed)
+    _check_rules(after, {write.name for write in planned.writes if write.sort == "policy"}, changed, moving)
+    for port in (after.ports[name] for name in changed if name in after.ports):
+        _check_kinds(after, port, moving.get(port.vm, port.host))
     planned.warnings += check_claims(after.ports.values(), changed)
 
 
@@ -301,43 +305,44 @@ def _check_port(after: Catalog, key: str, port: pb.Port) -> None:
         raise ConfigInvalid(f"port {key}: there is no policy {port.policy}")
     if not port.host:
         raise ConfigInvalid(f"port {key}: host is missing", hint="name the host where the VM is")
-    missing = _missing_kinds(after, port)
-    if missing:
-        raise ConfigInvalid(
-            f"port {key}: host {port.host} holds no state of kind {missing[0]}", hint=_held(after, port)
-        )
+    _check_kinds(after, port, port.host)
     if not device_at(port, port.host):
         raise ConfigInvalid(f"port {key}: no device on host {port.host}", hint="give device, or devices with that host")
 
 
-def _missing_kinds(after: Catalog, port: pb.Port) -> list[str]:
-    """Kinds of the port that the host where its VM is has said nothing of; one that was never seen says nothing."""
-    host = after.hosts.get(port.host)
-    return sorted(name for name in port.kinds if name not in host.kinds) if host is not None and host.kinds else []
+def _check_kinds(after: Catalog, port: pb.Port, at: str) -> None:
+    """A host that was never seen says nothing of what it holds. `at`: where the VM is, or is to go."""
+    host = after.hosts.get(at)
+    missing = sorted(name for name in port.kinds if name not in host.kinds) if host is not None and host.kinds else []
+    if missing:
+        held = f"its driver {host.driver} holds {', '.join(sorted(host.kinds))}"
+        raise ConfigInvalid(
+            f"port {port.vm}/{port.mac}: host {at} holds no state of kind {missing[0]}",
+            hint=held if at == port.host else f"{held}; {_ON_ITS_WAY}",
+        )
 
 
-def _check_rules(after: Catalog, policies: Set[str], ports: Set[str]) -> None:
+def _check_rules(after: Catalog, policies: Set[str], ports: Set[str], moving: Moving) -> None:
     """An older agent does not see what newer fields of a rule ask for: it would admit more than the rule says."""
     newer = KINDS["acl"].since
     used: dict[str, list[str]] = {}
     for key, port in after.ports.items():
-        host = after.hosts.get(port.host)
-        if host is None or not host.kinds or (key not in ports and port.policy not in policies):
+        if key not in ports and port.policy not in policies:
             continue
         if port.policy not in used:
             rules = after.policies[port.policy].rules if port.policy else ()
             used[port.policy] = [name for name in newer if any(getattr(rule, name) for rule in rules)]
-        unknown = [name for name in used[port.policy] if newer[name] > host.kinds.get("acl", 0)]
-        if unknown:
-            raise ConfigInvalid(
-                f"policy {port.policy}: the agent of {port.host} (port {key}) knows no rules with {unknown[0]}",
-                hint=f"its version is {host.version or 'unknown'}: upgrade it before such rules are declared",
-            )
-
-
-def _held(after: Catalog, port: pb.Port) -> str:
-    host = after.hosts[port.host]
-    return f"its driver {host.driver} holds {', '.join(sorted(host.kinds))}"
+        for at in dict.fromkeys((port.host, moving.get(port.vm, port.host))):
+            host = after.hosts.get(at)
+            if host is None or not host.kinds:
+                continue
+            unknown = [name for name in used[port.policy] if newer[name] > host.kinds.get("acl", 0)]
+            if unknown:
+                upgrade = f"its version is {host.version or 'unknown'}: upgrade it before such rules are declared"
+                raise ConfigInvalid(
+                    f"policy {port.policy}: the agent of {at} (port {key}) knows no rules with {unknown[0]}",
+                    hint=upgrade if at == port.host else f"{upgrade}; {_ON_ITS_WAY}",
+                )
 
 
 def _check_mtu(after: Catalog, key: str, port: pb.Port) -> None:

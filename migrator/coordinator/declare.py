@@ -58,7 +58,7 @@ def plan_declare(
         if port.declared_by and (new is None or _another(port, new, host)):
             _leave(catalog, port, plan)
     model = config.from_message(pb.Config(ports=wanted.values()), config.Config)
-    rest = plan_apply(outcome(catalog, planned), model, journal, frozenset(), running)
+    rest = plan_apply(outcome(catalog, planned), model, journal, {}, running)
     last = {(write.sort, write.name): write for write in [*planned.writes, *rest.writes]}
     planned.writes = list(last.values())
     planned.counters.update(rest.counters)

@@ -13,7 +13,7 @@ from google.protobuf import json_format
 
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator import orders
-from migrator.coordinator.change import epoch_counter
+from migrator.coordinator.change import Moving, epoch_counter
 from migrator.coordinator.execution import Execution
 from migrator.coordinator.fanout import Fanout
 from migrator.coordinator.orders import preflight
@@ -60,9 +60,9 @@ class Migrations:
 
     # ---- what the operator asks ----
 
-    def migrating(self) -> frozenset[str]:
+    def migrating(self) -> Moving:
         """VMs whose ports may be at either end now."""
-        return frozenset(run.agreed.vm for run in self._execution.running.values() if run.blocks)
+        return {run.agreed.vm: run.agreed.destination for run in self._execution.running.values() if run.blocks}
 
     def moving(self, vm: str) -> Agreed | None:
         """What was agreed on for the migration that has the VM's ports at either end now."""

@@ -8,7 +8,7 @@ import pytest
 
 from migrator import config
 from migrator._pb import migrator_pb2 as pb
-from migrator.coordinator.change import Planned, Running, plan_apply, plan_removal
+from migrator.coordinator.change import Moving, Planned, Running, plan_apply, plan_removal
 from migrator.coordinator.journal import Batch
 from migrator.coordinator.sqlite import SqliteJournal
 from migrator.coordinator.store import Store
@@ -16,7 +16,7 @@ from migrator.errors import AlreadyMigrating, ConfigInvalid, JournalFailed, Obje
 from tests.unit.scripted import MAC, VM, configuration
 
 OTHER_VM = "0b0b0b0b-8a5d-4e0e-9d3e-0c5f7b1f2a02"
-NOBODY: frozenset[str] = frozenset()
+NOBODY: Moving = {}
 NOTHING: Running = {}
 
 
@@ -27,7 +27,7 @@ def store(tmp_path: Path):
     journal.close()
 
 
-def plan(store: Store, message: pb.Config, moving: frozenset[str] = NOBODY, running: Running = NOTHING) -> Planned:
+def plan(store: Store, message: pb.Config, moving: Moving = NOBODY, running: Running = NOTHING) -> Planned:
     return plan_apply(store.catalog, config.from_message(message, config.Config), store.journal, moving, running)
 
 
@@ -167,7 +167,7 @@ def test_host_of_a_declared_port_changes_by_migration_only(store: Store) -> None
 
 def test_ports_of_a_moving_vm_are_neither_added_nor_removed(store: Store) -> None:
     apply(store, configuration())
-    moving = frozenset({VM})
+    moving = {VM: "h2"}
     with pytest.raises(AlreadyMigrating):
         plan(store, pb.Config(ports=[port(mac="52:54:00:00:00:01")]), moving)
     with pytest.raises(AlreadyMigrating):

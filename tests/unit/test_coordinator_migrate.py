@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.migrations import free_channel
 from migrator.coordinator.rpc import received
 from migrator.coordinator.running import Agreed, Running
-from migrator.errors import AlreadyMigrating, MigrationNotFound, PreflightFailed
+from migrator.errors import AlreadyMigrating, ConfigInvalid, MigrationNotFound, PreflightFailed
 from migrator.lifecycle import coordinator as machine
-from tests.unit.scripted import MAC, VM, Agent, Bench
+from tests.unit.scripted import DEADLINE_S, MAC, VM, Agent, Bench
 
 AGREED = Agreed("m", VM, "h1", "h2", 2, 1, "", False, False, False, 1.0, 1)
 
@@ -235,6 +236,50 @@ def test_change_during_a_migration_goes_to_both_instances(tmp_path: Path) -> Non
         assert (order.epoch, order.device, list(order.rules[0].remote)) == (2, "t123456", ["198.51.100.0/24"])
         here = await a.until(lambda: a.last("port").rules[0].remote[0].startswith("198") and a.last("port"))
         assert here.epoch == 1
+
+    run(tmp_path, scenario)
+
+
+NARROW = pb.Rule(direction="to", priority=1, protocol="any", action="allow", label="0x1/0x1")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"policies": [pb.Policy(name="web", rules=[NARROW])]}, "the agent of h2 .* knows no rules with label"),
+        ({"ports": [pb.Port(kinds={"window": "{}"})]}, "host h2 holds no state of kind window"),
+    ],
+    ids=["rules", "kind"],
+)
+def test_what_only_the_source_could_keep_is_refused_while_the_vm_moves(
+    tmp_path: Path, change: dict, words: str
+) -> None:
+    """The destination would read rules as wider, or go without the kind, and nobody would have said so."""
+
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        bench.cluster.store.catalog.hosts["h1"].kinds.update({"acl": 2, "window": 1})
+        a.on = {}
+        b.on = {"verdict": ["aborted"], "abort": ["aborted"]}
+        report = await bench.begin_migration()
+        await bench.phase(report.id, "pre-copy")
+        known = (await bench.stub.Show(pb.Empty())).ports[0]
+        wanted = pb.ApplyRequest(config=pb.Config(**change))
+        for port in wanted.config.ports:
+            port.MergeFrom(known)
+        with pytest.raises(grpc.RpcError) as caught:
+            await bench.stub.Apply(wanted)
+        problem = received(caught.value, "coordinator")
+        assert isinstance(problem, ConfigInvalid)
+        assert re.search(words, str(problem)) and "wait for the end of it or abort it" in problem.hint
+        assert "port" not in b.names()
+        a.on = {"abort": ["rolled-back"]}
+        await bench.stub.Abort(pb.MigrationRef(id=report.id))
+        await bench.finished(report.id)
+        async with asyncio.timeout(DEADLINE_S):
+            while bench.cluster.migrations.migrating():
+                await asyncio.sleep(0.01)
+        assert (await bench.stub.Apply(wanted)).changed
 
     run(tmp_path, scenario)
 
