@@ -313,7 +313,9 @@ def _check_port(after: Catalog, key: str, port: pb.Port) -> None:
 def _check_kinds(after: Catalog, port: pb.Port, at: str) -> None:
     """A host that was never seen says nothing of what it holds. `at`: where the VM is, or is to go."""
     host = after.hosts.get(at)
-    missing = sorted(name for name in port.kinds if name not in host.kinds) if host is not None and host.kinds else []
+    if host is None or not host.kinds:
+        return
+    missing = sorted(name for name in port.kinds if name not in host.kinds)
     if missing:
         held = f"its driver {host.driver} holds {', '.join(sorted(host.kinds))}"
         raise ConfigInvalid(
