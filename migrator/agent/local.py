@@ -85,6 +85,7 @@ class AgentService(rpc.AgentServicer):
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
+        self._relabelling = asyncio.Lock()  # who changes some bits of a label has read the others before
 
     async def Status(self, request: pb.Empty, context: Any) -> pb.AgentStatus:  # noqa: N802, ARG002
         async with reported(context):
@@ -159,8 +160,8 @@ class AgentService(rpc.AgentServicer):
             refs = [ref for ref in await refs_of(self._agent, request.vm) if request.mac in ("", ref.mac)]
             if not refs:
                 raise PortNotFound(f"VM {request.vm} has no port {request.mac} on {self._agent.host}")
-            for ref in refs:
-                await self._agent.around.call(request.vm, change.carry_out, self._agent.driver, ref)
+            async with self._relabelling:
+                await change.carry_out(self._agent.around, refs, self._agent.watching.switching)
             return pb.RelabelReply(matched=change.matched, changed=change.changed)
 
     async def Remains(self, request: pb.Empty, context: Any) -> pb.RemainsReply:  # noqa: N802, ARG002

@@ -1,19 +1,28 @@
-"""Another mark and label for connections that are there, by word of an operator."""
+"""Another mark and label for connections that are there, by word of an operator.
+
+A VM's lane does other things in between: a switchover does not wait for a large table, and once it has begun nothing
+more is changed at the source.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datapath.errors import UnsupportedKind
-from datapath.provider import Driver, PortRef
+from datapath.errors import NotReady, UnsupportedKind
+from datapath.provider import Driver, PortRef, PortState
 from datapath.state.conntrack import CONNTRACK, RELABELLED
 from datapath.state.kind import Columns, Table
 from datapath.state.labels import LABEL_BITS, MARK_BITS, parse
 from migrator._pb import migrator_pb2 as pb
+from migrator.agent.end import Surroundings
 from migrator.errors import ConfigInvalid
 from migrator.watching.match import Filter, Match
 
+PIECE = 8192
+"""Connections that are changed while nobody else has the VM's lane."""
 _CONNECTION = 0  # column `type`; the others are fragments on their way
 
 
@@ -30,15 +39,41 @@ class Relabelling:
         self.matched = 0
         self.changed = 0
 
-    def carry_out(self, driver: Driver, ref: PortRef) -> None:
-        """Change the connections of one port. Raises UnsupportedKind, NotReady."""
+    async def carry_out(self, around: Surroundings, refs: Iterable[PortRef], switching: Callable[[str], bool]) -> None:
+        """Change the connections of these ports. `switching(vm)`: is the VM's lane needed for a switchover?
+
+        Raises UnsupportedKind, and NotReady, which says what was changed before.
+        """
+        for ref in refs:
+            status = await around.call(ref.vm, around.driver.port, ref)
+            if status.state is not PortState.ACTIVE:  # also where nothing would match: what is here is not the VM's
+                raise self._too_late(f"port {ref.mac} is {status.state} here")
+            pieces = self.pieces(around.driver, ref)
+            while (piece := await around.call(ref.vm, next, pieces, None)) is not None:
+                if switching(ref.vm):
+                    raise self._too_late(f"VM {ref.vm} is just being switched over to another host")
+                try:
+                    await around.call(ref.vm, self.change, around.driver, ref, piece)
+                except NotReady as error:
+                    raise self._too_late(error.message) from None
+
+    def _too_late(self, reason: str) -> NotReady:
+        before = f"; {self.changed} connections were changed before, and go along" if self.changed else ""
+        return NotReady(f"{reason}{before}", hint="do it again when the VM has moved, on the host where it is then")
+
+    def pieces(self, driver: Driver, ref: PortRef) -> Iterator[Columns]:
+        """Connections of a port that are asked for: keys, id, mark and label as they are. Raises UnsupportedKind."""
         if CONNTRACK.name not in driver.kinds():
             raise UnsupportedKind(f"driver {driver.name} tracks no connections")
-        for table in list(driver.dump(ref, CONNTRACK.name)):
+        for table in driver.dump(ref, CONNTRACK.name):
             columns = self._chosen(table)
-            if len(columns["id"]):
-                self.matched += len(columns["id"])
-                self.changed += driver.relabel(ref, self._marked(columns))
+            for at in range(0, len(columns["id"]), PIECE):
+                yield {name: array[at : at + PIECE] for name, array in columns.items()}
+
+    def change(self, driver: Driver, ref: PortRef, piece: Columns) -> None:
+        """Give them what is asked. Raises NotReady."""
+        self.matched += len(piece["id"])
+        self.changed += driver.relabel(ref, self._marked(piece))
 
     def _chosen(self, table: Table) -> Columns:
         every = table.columns or {}

@@ -175,7 +175,11 @@ class Watching:
             self._opened.pop(vm, None)
         elif time.monotonic() - self._opened.setdefault(vm, time.monotonic()) < OPENED_S:
             return True
-        return not phases.isdisjoint(URGENT)
+        return self.switching(vm)
+
+    def switching(self, vm: str) -> bool:
+        """Is a switchover of the VM under way here?"""
+        return not {end.state.phase for end in self._ends_of(vm)}.isdisjoint(URGENT)
 
     async def _look(self, name: str, vm: _Vm, refs: list[PortRef]) -> None:
         took = 0.0

@@ -109,7 +109,9 @@ def test_a_label_decides_after_a_move(pair: list[Host]) -> None:
         change = Relabelling(
             pb.RelabelRequest(mark="0xbad", matches=[pb.FieldMatch(field="label", values=["0x1/0x1"])])
         )
-        target.run(lambda: change.carry_out(target.driver, moved.ref))
+        target.run(
+            lambda: [change.change(target.driver, moved.ref, one) for one in change.pieces(target.driver, moved.ref)]
+        )
         assert (change.matched, change.changed) == (1, 1)
         assert labels(target, moved.ref) == {TRUSTED: (0xBAD, 1)}
         trusted.is_dropped(target, moved.ref, "reject")  # the operator's word ends it
