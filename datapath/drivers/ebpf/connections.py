@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,22 @@ FULL = "the connection table is full"
 ENDED = "the connection has ended here"
 _REASONS = {errno.E2BIG: FULL, errno.ENOMEM: "the kernel has no memory for it"}
 
-Ended = dict[int, tuple[int, int, int, int]]
-"""Connection id -> packets_from, packets_to, bytes_from, bytes_to."""
+
+@dataclass(frozen=True)
+class Ended:
+    """Connections that another host counted and that are not here: they have ended, or never came. carried_*, id and
+    seen of `entries` are theirs."""
+
+    keys: Keys
+    entries: Entries
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def amounts(self) -> dict[int, tuple[int, int, int, int]]:
+        """Connection id -> packets_from, packets_to, bytes_from, bytes_to."""
+        counted = np.concatenate([self.entries["carried_packets"], self.entries["carried_bytes"]], axis=1).tolist()
+        return dict(zip(self.entries["id"].tolist(), map(tuple, counted), strict=True))
 
 
 class Connections:
@@ -167,16 +181,16 @@ class Connections:
             yield self._table({name: columns[name] for name in conntrack.ACCOUNT_COLUMNS}, clock, Op.ACCOUNT)
 
     def account(self, instance: Instance, table: Table) -> tuple[Loaded, Ended]:
-        """Assign what the source counted. Returns what could not be assigned because the connection has ended."""
+        """Assign what the source counted. Returns what could not be assigned because the connection is not here."""
         columns = _account_columns(table)
         keys = conntrack.keys(columns)
         entries = conntrack.entries(columns, table.port_time_ns + conntrack.ORIGIN_NS)
-        ended: Ended = {}
+        settled = np.zeros(len(keys), bool)
         for at in range(0, len(keys), self._room):
             part = slice(at, at + self._room)
-            found = self._settle(instance, keys[part], entries[part])
-            ended.update(_ended(entries[part][~found]))
-        reasons = ((ENDED, len(ended)),) if ended else ()
+            settled[part] = self._settle(instance, keys[part], entries[part])
+        ended = Ended(keys[~settled], entries[~settled])
+        reasons = ((ENDED, len(ended)),) if len(ended) else ()
         return Loaded(len(keys) - len(ended), reasons), ended
 
     def _settle(self, instance: Instance, keys: Keys, entries: Entries) -> NDArray[np.bool_]:
@@ -210,11 +224,6 @@ def _account_columns(table: Table) -> Columns:
     if "age_ns" not in columns:  # unknown: not seen later than what is known here
         filled["age_ns"] = np.full(count, conntrack.AGE_MAX_NS, np.uint64)
     return filled
-
-
-def _ended(entries: NDArray[Any]) -> Ended:
-    amounts = np.concatenate([entries["carried_packets"], entries["carried_bytes"]], axis=1).tolist()
-    return dict(zip(entries["id"].tolist(), map(tuple, amounts), strict=True))
 
 
 def _reasons(done: Batch) -> tuple[tuple[str, int], ...]:

@@ -150,7 +150,8 @@ class FlowExport(KindTable):
         """What is left to report, of a port that exports flows."""
         with self._busy[instance.slot]:
             clock = self._parts.words.clock(instance.slot)
-            found = self.tables.connections(instance.slot)
+            stands = self._parts.words.word(instance.slot).state == C.PORT_QUIESCED
+            found = self.tables.connections(instance.slot, stands=stands)
         if len(found):
             columns = flow_columns.columns(found, clock)
             yield Table(FLOWS.name, op, columns=columns, port_time_ns=max(clock - ORIGIN_NS, 0))
@@ -163,7 +164,7 @@ class FlowExport(KindTable):
             if table.op is Op.DELETE:
                 self.tables.forget(slot, columns["id"])
                 return Loaded(len(table))
-            if words.running(slot) and not words.has(slot, C.PORT_F_UNSETTLED):
+            if self._knows_better(slot):
                 return Loaded(len(table))
             clock = table.port_time_ns + ORIGIN_NS
             if not words.running(slot):
@@ -228,9 +229,14 @@ class FlowExport(KindTable):
         return PACE_MAX_S if exporter is None else min(exporter.shortest_s / 4, PACE_MAX_S)
 
     def late(self, instance: Instance, ended: Ended) -> None:
-        """What hosts before had counted of connections that ended here before it was known."""
+        """What hosts before had counted of connections that ended here before it was known, or did not come."""
         with self._busy[instance.slot]:
-            self.tables.late(instance.slot, ended)
+            if not self._knows_better(instance.slot):
+                self.tables.late(instance.slot, ended)
+
+    def _knows_better(self, slot: int) -> bool:
+        """The port reports by itself: what another host says again has its place here already."""
+        return self._parts.words.running(slot) and not self._parts.words.has(slot, C.PORT_F_UNSETTLED)
 
     def _round(self, instance: Instance, *, everything: bool = False) -> None:
         with self._busy[instance.slot]:

@@ -12,7 +12,7 @@ from datapath.drivers.ebpf.connections import Ended
 from datapath.drivers.ebpf.kernel import Kernel
 from datapath.drivers.ebpf.layout import C
 from datapath.drivers.ebpf.maps import Batch, Records, Table
-from datapath.export.remainder import CONNECTION
+from datapath.export.remainder import CONNECTION, FORCED, IDLE
 
 REPORTS_PER_CONNECTION = 2
 """Ended connections keep what was reported of them until they are told."""
@@ -82,17 +82,18 @@ class FlowTables:
 
     # ---- connections ----
 
-    def connections(self, slot: int) -> Records:
+    def connections(self, slot: int, *, stands: bool = False) -> Records:
         """All that are there or have ended, as CONNECTION. What nobody knows any more is forgotten.
 
         The table is read before those that ended: what ends meanwhile is in both, and the latter is the last word.
+        `stands`: the port does, for another host to take its connections.
         """
         pair, table = self.of(slot), self._kernel.conntracks.inner(slot)
         if pair is None or table is None:
             return np.zeros(0, CONNECTION)
         with table:
             keys, entries = table.read()
-        found = of(keys, entries, *pair.ends.read())
+        found = of(keys, entries, *pair.ends.read(), stands=stands)
         ids, values = pair.reports.read()
         stale = ~np.isin(ids, found["id"])
         if stale.any():
@@ -117,8 +118,7 @@ class FlowTables:
         if pair is None:
             return Batch(0)
         pair.reports.load(connections["id"], reports_of(connections))
-        over = connections[connections["ended"] != 0]
-        done = pair.ends.load(ends_of(over), _entries(over))
+        done = _load_ended(pair.ends, connections[connections["ended"] != 0])
         return Batch(len(connections) - len(done.refused), done.refused)
 
     def forget(self, slot: int, ids: NDArray[np.uint64]) -> None:
@@ -129,16 +129,14 @@ class FlowTables:
             pair.reports.delete_many(ids)
 
     def late(self, slot: int, ended: Ended) -> None:
-        """What hosts before had counted of connections that ended here before it was known."""
+        """What hosts before had counted of connections that ended here before it was known, or did not come."""
         pair = self.of(slot)
-        if pair is None or not ended:
+        if pair is None or not len(ended):
             return
-        keys, entries = pair.ends.read()
-        which = np.isin(keys["id"], np.fromiter(ended, np.uint64, len(ended)))
-        keys, entries = keys[which], entries[which]
-        for entry, number in zip(entries, keys["id"].tolist(), strict=True):
-            entry["carried_packets"], entry["carried_bytes"] = ended[number][:2], ended[number][2:]
-        pair.ends.load(keys, entries)
+        told = _of(ended.keys, ended.entries)[ended.keys["type"] == C.CT_TYPE_CONNECTION]
+        told["ended"] = FORCED
+        known = _assign(pair.ends, told)
+        pair.ends.load(ends_of(told[~known]), _entries(told[~known]))
 
     def room(self, slot: int) -> float:
         """Which part of the table of the ended is free."""
@@ -146,13 +144,20 @@ class FlowTables:
         return 1.0 if pair is None else 1 - len(pair.ends.keys()) / pair.ends.entries
 
 
-def of(keys: Records, entries: Records, ends: Records | None, last: Records | None) -> Records:
-    """CONNECTION of a table, and of those that have ended (`ends` with their `last` entries), which go before."""
+def of(keys: Records, entries: Records, ends: Records | None, last: Records | None, *, stands: bool = False) -> Records:
+    """CONNECTION of a table, and of those that have ended (`ends` with their `last` entries), which go before.
+
+    `stands`: nothing brings back what a sweep had found too old, and it goes to no other host: it has ended.
+    """
     lives = _lives(keys, entries)
+    if ends is not None:
+        lives &= ~np.isin(entries["id"], ends["id"])
+    found = _of(keys[lives], entries[lives])
+    if stands:
+        found["ended"][conntrack.flags(entries[lives]) & C.CT_F_DYING != 0] = IDLE
     if ends is None or last is None:
-        return _of(keys[lives], entries[lives])
-    lives &= ~np.isin(entries["id"], ends["id"])
-    return np.concatenate([_of(keys[lives], entries[lives]), _of(ends["key"], last, ends)])
+        return found
+    return np.concatenate([found, _of(ends["key"], last, ends)])
 
 
 def join(ids: Records, reports: Records, found: Records) -> None:
@@ -194,6 +199,32 @@ def _of(keys: Records, entries: Records, ends: Records | None = None) -> Records
     if ends is not None:
         made["ended"] = ends["reason"]
     return made
+
+
+def _assign(ends: Table, counted: Records) -> NDArray[np.bool_]:
+    """Connections that have ended here carry what another host counted of them in all. Returns which those are."""
+    keys, entries = ends.read()
+    known = np.isin(keys["id"], counted["id"])
+    keys, entries = keys[known], entries[known]
+    order = np.argsort(counted["id"])
+    theirs = counted[order][np.searchsorted(counted["id"][order], keys["id"])]
+    for name in ("packets", "bytes"):
+        entries[f"carried_{name}"] = theirs[name]
+    ends.load(keys, entries)
+    return np.isin(counted["id"], keys["id"])
+
+
+def _load_ended(ends: Table, over: Records) -> Batch:
+    """What has ended on another host. Where that was known of one by its counts alone (`late`), now it says why."""
+    keys, entries = ends.read()
+    by_counts = keys[np.isin(keys["id"], over["id"]) & ~entries["packets"].any(axis=1)]
+    fresh = over[~_assign(ends, over) | np.isin(over["id"], by_counts["id"])]
+    made = ends_of(fresh)
+    done = ends.load(made, _entries(fresh))
+    if not done.refused:
+        raw = f"V{ends.key.itemsize}"
+        ends.delete_many(by_counts[~np.isin(by_counts.view(raw), made.view(raw))])
+    return done
 
 
 def _sides(flags: Records) -> Records:

@@ -28,9 +28,8 @@ def carry(flows: FlowTables, old: Generation, slot: int) -> None:
     ends, last = _inner(old, "flow_ends", slot)
     ids, reports = _inner(old, "flow_reports", slot)
     ends = None if ends is None else by_name(ends, FLOW_END)
-    found = flow_tables.of(
-        by_name(keys, CT_KEY), by_name(entries, CT_ENTRY), ends, None if last is None else by_name(last, CT_ENTRY)
-    )
+    last = None if last is None else by_name(last, CT_ENTRY)
+    found = flow_tables.of(by_name(keys, CT_KEY), by_name(entries, CT_ENTRY), ends, last, stands=True)
     if ids is not None and reports is not None:
         flow_tables.join(ids, by_name(reports, FLOW_REPORT), found)
     flows.load(slot, found)

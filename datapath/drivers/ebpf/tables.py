@@ -111,10 +111,10 @@ class Tables:
             note_connections(self._words, instance, table)
             return done
         loaded, ended = self._connections.account(instance, table)
-        if ended:
+        if len(ended):
             self._flows.late(instance, ended)
             known = instance.entry.carried.get("ended", {})
-            amounts = {str(number): list(amount) for number, amount in ended.items()}
+            amounts = {str(number): list(amount) for number, amount in ended.amounts().items()}
             self._carry(instance, "ended", {**known, **amounts})
         return loaded
 

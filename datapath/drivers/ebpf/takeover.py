@@ -254,7 +254,7 @@ class Takeover:
         for table in self._old.counted(slot):
             late = self._parts.connections.account(instance, table)[1]
             self._flows.late(slot, late)
-            for amounts in late.values():
+            for amounts in late.amounts().values():
                 ended = [one + other for one, other in zip(ended, amounts, strict=True)]
         moved_flows.carry(self._flows, self._old, slot)
         self._carry(self._old.entries[slot], dict(zip(_ENDED, ended, strict=True)))
