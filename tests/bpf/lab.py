@@ -318,6 +318,16 @@ class Lab:
         entry = None if value is None else MODEL.l2_entry.from_buffer_copy(value)
         return None if entry is None else (entry.kind, entry.target)
 
+    def change_place(self, where: str, network: int = 1, **fields: int) -> ctypes.Structure:
+        """The L2 entry, after some of its fields were set."""
+        key = self._l2_key(where, network)
+        entry = MODEL.l2_entry.from_buffer_copy(self.switch.maps["l2"].lookup(key) or b"")
+        for name, value in fields.items():
+            setattr(entry, name, value)
+        if fields:
+            self.switch.put("l2", key, entry)
+        return entry
+
     def drops(self, slot: int) -> dict[int, int]:
         """Drop reason -> frames, of the reasons that occurred."""
         total: dict[int, int] = {}

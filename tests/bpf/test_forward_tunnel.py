@@ -209,6 +209,46 @@ def test_broadcast_and_floods_do_not_follow_a_vm(lab: Lab) -> None:
     assert left(outside) == []
 
 
+def test_rule_a_flood_does_not_follow_the_vm(lab: Lab) -> None:
+    """The network forgets where a VM is, and floods what is for it: both hosts get that, and one of them is enough."""
+    outside, _ = overlay(lab)
+    redirected(lab, 2, B)
+    uplink, fabric = lab.uplink(mac(0x99))
+    lab.network(2, [(MODEL.L2_PORT, 2, 0)], kind=MODEL.NETWORK_UPLINK, uplink=uplink, vid=100)
+    lab.vlan(uplink, 100, 2)
+    lab.place(B, MODEL.L2_PORT, 2, network=2, flags=MODEL.L2_F_LOCATION)
+    to, from_ = datagram(B, REMOTE, vlan=100), datagram(REMOTE, B, vlan=100)
+    follows = (UNDERLAY[1], CHANNEL, MODEL.MARK_REDIRECT, datagram(B, REMOTE))
+
+    def away(*since: int) -> int:
+        return int(lab.change_place(B, 2, **({"away": since[0]} if since else {})).away)
+
+    def moment() -> int:
+        return (time.monotonic_ns() >> 20) & 0xFFFFFFFF
+
+    fabric.send(to)
+    assert leave(outside) == follows, "the network believes it here"
+    lab.change_port(2, gate=MODEL.GATE_LOCAL)
+    lab.switch.run("from_uplink", from_, uplink)
+    assert away() == 0, "a VM that is here is not elsewhere"
+    lab.change_port(2, gate=MODEL.GATE_REDIRECT)
+    lab.switch.run("from_uplink", from_, uplink)
+    assert 0 <= moment() - away() < 60_000, "it is heard from elsewhere"
+
+    def follows_at_first() -> bool:
+        away(moment() - 60)
+        fabric.send(to)
+        return follows in map(untunnelled, left(outside))
+
+    wait_for(follows_at_first, "what was under way still follows")
+    before, long_ago = lab.drops(2).get(MODEL.DROP_BROADCAST_PATH, 0), moment() - 1000
+    left(outside), away(long_ago)
+    fabric.send(to)
+    wait_for(lambda: lab.drops(2) == {MODEL.DROP_BROADCAST_PATH: before + 1}, "drop counted")
+    lab.switch.run("from_uplink", from_, uplink)
+    assert (away(), left(outside)) == (long_ago, [])
+
+
 def test_held_frames_follow_the_vm_broadcast_too(lab: Lab) -> None:
     outside, _ = overlay(lab)
     redirected(lab, 2, B)

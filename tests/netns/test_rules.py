@@ -6,7 +6,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from migrator.lab import oracle
+from migrator.lab import netns, oracle
 from migrator.lab.machines import Machine
 from migrator.lab.processes import wait_until
 from migrator.lab.workers import frames
@@ -185,6 +185,20 @@ def test_rule_the_redirect_outlives_the_tap_and_ends_when_idle(world: World) -> 
     wait_until(
         "the redirect ends", lambda: not instances(world, "h1", vm), 20.0, explain=lambda: instances(world, "h1", vm)
     )
+    streams.assert_perfect()
+
+
+def test_rule_a_flood_does_not_follow_the_vm(world: World) -> None:
+    """The network forgets where a VM is that just moved: both hosts get what is for it, and the guest gets it once."""
+    vm, peer = world.vm("h1"), world.peer("h3")
+    streams = Streams(vm, peer, every_ms=5)
+    world.move(vm, "h2")
+    streams.run_on(60)  # longer than what was under way when the network turned
+    streams.ends[0].call("stop", flow=2)  # a guest that says nothing is not learned again
+    before = streams.received(1)
+    netns.ip("link", "set", "br0", "type", "bridge", "fdb_flush", namespace=world.cluster.name("fabric"))
+    wait_until("floods arrive", lambda: streams.received(1) > before + 40, 20.0)
+    assert instances(world, "h1", vm), "the redirect is still there"
     streams.assert_perfect()
 
 

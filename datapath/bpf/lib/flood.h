@@ -188,6 +188,8 @@ __noinline int forward(struct __sk_buff *skb, __u32 index, __u64 source, __u32 p
 	}
 	if (source == SOURCE(L2_PORT, entry->target))
 		return forward_drop(skb, index, source, DROP_LOOP);
+	if (SOURCE_KIND(source) == L2_UPLINK && l2_is_stray(entry))
+		path |= PATH_FLOOD;
 	if (entry->vlan && vlan_add(skb, entry->vlan))
 		return drop_slot(skb, entry->target, TO_GUEST, DROP_VLAN);
 	return deliver(skb, entry->target, path | (SOURCE_KIND(source) == L2_PORT ? PATH_LOCAL : 0));

@@ -16,6 +16,8 @@
 
 #define L2_PINNED     (L2_F_STATIC | L2_F_LOCATION)
 #define L2_REFRESH_NS 1000000000ULL /* `seen` is written at most once a second */
+#define L2_AWAY_SHIFT 20            /* `away` counts ktime in 2^20 ns, about a millisecond */
+#define L2_AWAY_GRACE 128           /* of these, for frames that were under way when the network turned */
 
 /* The two MACs at the head of a frame. Returns 0, or -1 when the frame has no Ethernet header. */
 static __always_inline int l2_macs(struct __sk_buff *skb, struct ethhdr *eth)
@@ -120,6 +122,24 @@ static __always_inline int l2_room(__u32 network)
 	return 1;
 }
 
+/* A VM that has left sends from elsewhere in its network, which therefore knows its new place, as far as this host. */
+static __always_inline void l2_note_away(struct l2_entry *entry)
+{
+	struct port *port = bpf_map_lookup_elem(&ports, &entry->target);
+
+	if (!entry->away && port && GATE_TARGET(READ_ONCE(port->gate)) == GATE_REDIRECT)
+		entry->away = (bpf_ktime_get_coarse_ns() >> L2_AWAY_SHIFT) | 1;
+}
+
+/*
+ * Is a frame for this MAC that comes in by an uplink one that its network floods? It would have taken any other to the
+ * MAC's new place, where this one arrives by itself as well: whoever sends it on doubles it.
+ */
+static __always_inline int l2_is_stray(const struct l2_entry *entry)
+{
+	return entry->away && (__u32)(bpf_ktime_get_coarse_ns() >> L2_AWAY_SHIFT) - entry->away > L2_AWAY_GRACE;
+}
+
 /* Learns that a MAC is behind an uplink or a host. Without room it stays unknown: frames for it are flooded. */
 static __noinline void l2_learn(__u32 network, const __u8 mac[6], __u8 kind, __u32 target)
 {
@@ -130,6 +150,8 @@ static __noinline void l2_learn(__u32 network, const __u8 mac[6], __u8 kind, __u
 		return;
 	l2_key_set(&key, network, mac);
 	entry = bpf_map_lookup_elem(&l2, &key);
+	if (entry && entry->kind == L2_PORT && kind == L2_UPLINK)
+		l2_note_away(entry);
 	if (entry ? l2_known(entry, &place) : !l2_room(network))
 		return;
 	l2_move(&key, entry, &place);

@@ -199,7 +199,7 @@ struct l2_entry {
 	__u32 target;
 	__u64 seen;  /* ktime */
 	__u32 moves; /* times that learning changed the target */
-	__u32 pad;
+	__u32 away;  /* since when the MAC of a port that redirects comes in by an uplink (L2_AWAY_SHIFT), 0 not */
 };
 
 struct learning { /* L2 entries learned behind uplinks and hosts (programs add, ageing corrects) */

@@ -75,7 +75,7 @@ L2_ENTRY = _structure(
         ("target", "<u4"),
         ("seen", "<u8"),
         ("moves", "<u4"),
-        ("pad", "<u4"),
+        ("away", "<u4"),
     ],
 )
 LEARNING = _structure("learning", [("count", "<u4"), ("max", "<u4")])
