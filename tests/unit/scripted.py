@@ -195,6 +195,7 @@ class Bench:
             return await call.read()
 
     async def phase(self, migration: str, wanted: str) -> pb.Migration:
+        """Wait for a phase that lasts: of reports that follow each other closely the newest alone is told."""
         async with asyncio.timeout(DEADLINE_S):
             async for report in self.stub.Follow(pb.MigrationRef(id=migration)):
                 if report.phase == wanted:
