@@ -7,7 +7,8 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,8 +98,19 @@ def chosen(points: list[str], kinds: list[Fault], share: str) -> list[Case]:
     return every[int(part) - 1 :: int(parts)]
 
 
+def differing(reached: Iterable[str], expected: Iterable[str]) -> list[str]:
+    """By which points they differ, each with what is wrong."""
+    came, wanted = set(reached), set(expected)
+    return [f"{one}: no scenario came to it" for one in sorted(wanted - came)] + [
+        f"{one}: a scenario came to it, and none is said to" for one in sorted(came - wanted)
+    ]
+
+
 class Theatre:
-    """The stage; made anew after a case that failed, so that it fails no other. Scenarios are traced once."""
+    """The stage; made anew after a case that failed, so that it fails no other. Scenarios are traced once.
+
+    A scenario that fails takes only the points with it that no other one comes to.
+    """
 
     def __init__(
         self,
@@ -110,7 +122,8 @@ class Theatre:
         self._furnish = furnish
         self._scenarios = scenarios
         self._stage: Stage | None = None
-        self._ways: dict[str, list[Played]] = {}
+        self._points: dict[str, list[str]] = {}  # by scenario
+        self._failed: dict[str, str] = {}  # by scenario: how
         self._close: Callable[[], None] = lambda: None
 
     def stage(self) -> Stage:
@@ -130,22 +143,44 @@ class Theatre:
 
     def ways(self) -> dict[str, list[Played]]:
         """Point -> scenarios that come to it, the plain one first."""
-        if not self._ways:
-            for scenario in self._scenarios:
-                for point in trace(self.stage(), scenario):
-                    self._ways.setdefault(point, []).append(scenario)
-        return self._ways
+        found: dict[str, list[Played]] = {}
+        for scenario in self._scenarios:
+            for point in self._trace(scenario):
+                found.setdefault(point, []).append(scenario)
+        return found
+
+    def _trace(self, scenario: Played) -> list[str]:
+        if scenario.name not in self._points:
+            stage = self.stage()
+            try:
+                self._points[scenario.name] = trace(stage, scenario)
+            except Exception:
+                self._points[scenario.name] = []
+                self._failed[scenario.name] = f"the scenario {scenario.name!r} failed:\n{traceback.format_exc()}"
+                print(self.logs())
+                self.close()
+        return self._points[scenario.name]
+
+    def ways_to(self, point: str) -> list[Played]:
+        """Scenarios that come to a point, at least one."""
+        ways = self.ways().get(point, [])
+        assert ways, "\n".join([*self._failed.values(), f"no scenario comes to {point}"])
+        return ways
+
+    def trouble(self, expected: Iterable[str]) -> str:
+        """Scenarios that fail, and points that they come to otherwise than expected; nothing if all is well."""
+        return "\n".join([*differing(self.ways(), expected), *self._failed.values()])
 
 
 def play(theatre: Theatre, case: Case) -> Result:
     """Move, break, heal, and see that all is as it must be."""
-    theatre.ways()
+    ways = theatre.ways_to(case.point)
     stage = theatre.stage()
     stage.rest()
     began = monotonic()
     before = known(stage)
     stage.numbers.begin()
-    scenario, roles, move = _struck(theatre, case)
+    scenario, roles, move = _struck(stage, ways, case)
     move.join(REST_S)
     stage.revive(roles.here)
     report = wait_until("the move has an outcome", lambda: _outcome(stage, before, move), REST_S, 0.05)
@@ -168,10 +203,8 @@ def play(theatre: Theatre, case: Case) -> Result:
     return result
 
 
-def _struck(theatre: Theatre, case: Case) -> tuple[Played, Roles, Going]:
+def _struck(stage: Stage, ways: Sequence[Played], case: Case) -> tuple[Played, Roles, Going]:
     """Come to the point and strike; what a move comes to depends a little on time."""
-    stage = theatre.stage()
-    ways = theatre.ways()[case.point]
     for scenario in itertools.islice(itertools.cycle(ways), max(TRIES, len(ways))):
         with asked(stage, ""):
             roles, move = scenario.begin(stage, case.point)
@@ -180,7 +213,7 @@ def _struck(theatre: Theatre, case: Case) -> tuple[Played, Roles, Going]:
                 return scenario, roles, move
         move.join(REST_S)
         stage.rest()
-    raise AssertionError(f"nobody came to {case.point}")
+    raise AssertionError(f"nobody came to {case.point} again, as once in: {', '.join(way.name for way in ways)}")
 
 
 def _outcome(stage: Stage, before: frozenset[str], move: Going) -> pb.Migration | None:
