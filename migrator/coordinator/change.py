@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from datapath.registry import KINDS
 from migrator import config
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.catalog import Catalog, device_at, networks_of, place_names, place_writes, sets_of
 from migrator.coordinator.claims import check_claims
+from migrator.coordinator.held import missing_kinds, unread_fields
 from migrator.coordinator.journal import Entry, Journal, Write
 from migrator.errors import AlreadyMigrating, ConfigInvalid, ObjectNotFound
 
@@ -311,12 +311,10 @@ def _check_port(after: Catalog, key: str, port: pb.Port) -> None:
 
 
 def _check_kinds(after: Catalog, port: pb.Port, at: str) -> None:
-    """A host that was never seen says nothing of what it holds. `at`: where the VM is, or is to go."""
+    """`at`: where the VM is, or is to go."""
     host = after.hosts.get(at)
-    if host is None or not host.kinds:
-        return
-    missing = sorted(name for name in port.kinds if name not in host.kinds)
-    if missing:
+    missing = missing_kinds(host, port)
+    if host is not None and missing:
         held = f"its driver {host.driver} holds {', '.join(sorted(host.kinds))}"
         raise ConfigInvalid(
             f"port {port.vm}/{port.mac}: host {at} holds no state of kind {missing[0]}",
@@ -325,24 +323,18 @@ def _check_kinds(after: Catalog, port: pb.Port, at: str) -> None:
 
 
 def _check_rules(after: Catalog, policies: Set[str], ports: Set[str], moving: Moving) -> None:
-    """An older agent does not see what newer fields of a rule ask for: it would admit more than the rule says."""
-    newer = KINDS["acl"].since
-    used: dict[str, list[str]] = {}
+    unread: dict[tuple[str, str], list[str]] = {}
     for key, port in after.ports.items():
         if key not in ports and port.policy not in policies:
             continue
-        if port.policy not in used:
-            rules = after.policies[port.policy].rules if port.policy else ()
-            used[port.policy] = [name for name in newer if any(getattr(rule, name) for rule in rules)]
         for at in dict.fromkeys((port.host, moving.get(port.vm, port.host))):
-            host = after.hosts.get(at)
-            if host is None or not host.kinds:
-                continue
-            unknown = [name for name in used[port.policy] if newer[name] > host.kinds.get("acl", 0)]
-            if unknown:
+            host, known = after.hosts.get(at), (at, port.policy)
+            if known not in unread:
+                unread[known] = unread_fields(host, after.policies.get(port.policy))
+            if host is not None and unread[known]:
                 upgrade = f"its version is {host.version or 'unknown'}: upgrade it before such rules are declared"
                 raise ConfigInvalid(
-                    f"policy {port.policy}: the agent of {at} (port {key}) knows no rules with {unknown[0]}",
+                    f"policy {port.policy}: the agent of {at} (port {key}) knows no rules with {unread[known][0]}",
                     hint=upgrade if at == port.host else f"{upgrade}; {_ON_ITS_WAY}",
                 )
 

@@ -11,6 +11,7 @@ from google.protobuf import json_format
 from migrator import protocol
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.catalog import Catalog, device_at
+from migrator.coordinator.held import lacks
 from migrator.coordinator.roster import Roster
 from migrator.coordinator.running import Running
 from migrator.errors import PreflightFailed
@@ -33,6 +34,7 @@ def preflight(catalog: Catalog, roster: Roster, vm: str, request: pb.MigrateRequ
         reasons = [f"it is at {to} already"]
     missing = [port.mac for port in catalog.ports_of(vm) if not device_at(port, to)]
     reasons += [f"port {mac} has no device on {to}" for mac in missing]
+    reasons += lacks(catalog, vm, to)
     if not 0 <= request.timeout_s <= TIMEOUT_MAX_S:  # also what is no number
         reasons.append(f"it cannot have {request.timeout_s:g} s")
     if request.move.copy_storage not in COPY_STORAGE:

@@ -94,4 +94,6 @@ def received(error: grpc.RpcError, target: str) -> Error:
         return ResourceExhausted(f"{target}: {message}")
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{target} did not answer in time")
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return MigrationError(f"{target} does not know this call: its version is older", hint="upgrade it first")
     return MigrationError(f"{target}: {error.code().name}: {message}")

@@ -196,3 +196,15 @@ def test_a_second_agent_of_the_host_leaves_the_first_one_alone(tmp_path: Path) -
         assert (await stub.Status(pb.Empty())).ports == 2
 
     scenario(tmp_path, test)
+
+
+def test_an_agent_that_does_not_know_a_call_is_named_as_older(tmp_path: Path) -> None:
+    async def test(w: World, _: Any) -> None:
+        async with grpc.aio.insecure_channel(f"unix:{w.directory / 'a.sock'}") as channel:
+            newer = channel.unary_unary("/migrator.v1.Agent/Newer")
+            with pytest.raises(grpc.RpcError) as caught:
+                await newer(b"")
+        error = received(caught.value, "agent at a.sock")
+        assert str(error) == "agent at a.sock does not know this call: its version is older (upgrade it first)"
+
+    scenario(tmp_path, test)

@@ -20,7 +20,7 @@ from migrator.protocol import MAJOR, MINOR, common, known, spoken, text
 from migrator.snapshot import encode_table
 from tests.fixtures.make_golden import UNKNOWN
 
-from .pair import MACS, world
+from .pair import MACS, VM, World, eventually, world
 from .versions import Change, following, previous, speak
 
 COUNT = 500
@@ -120,6 +120,51 @@ def test_a_newer_version_of_a_kind_is_refused_with_its_name(tmp_path: Path, monk
     speak(monkeypatch, "a", newer)
     report, _ = asyncio.run(move(tmp_path))
     assert report.outcome == "refused" and "conntrack" in report.reason
+
+
+NARROW = pb.Rule(direction="to", priority=1, protocol="any", action="allow", label="0x1/0x1")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "rules", "reason"),
+    [
+        ({"window": "{}"}, [], "kind window version 1: not held here"),
+        ({}, [NARROW], "kind acl version 2: only 1 is known"),
+        ({}, [], ""),
+    ],
+    ids=["window", "labels", "neither"],
+)
+def test_a_destination_of_before_refuses_labels_and_windows_by_name(
+    tmp_path: Path, kinds: dict[str, str], rules: list[pb.Rule], reason: str
+) -> None:
+    """Only a VM that uses them; it stays, and says why."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            known: Any = {name: 1 for name in w.driver("b").kinds() if name != "window"}
+            w.driver("b").kinds = lambda: known  # type: ignore[method-assign]
+            w.fill("a", COUNT)
+            ports = [pb.Port(kinds=kinds) for _ in MACS]
+            for port, there in zip(ports, w.cluster.store.catalog.ports_of(VM), strict=True):
+                port.MergeFrom(there)
+            policies = [pb.Policy(name="web", rules=rules)] if rules else []
+            w.cluster.apply(pb.ApplyRequest(config=pb.Config(ports=ports, policies=policies)))
+            await eventually(lambda: has(w, "acl" if rules else "window") or not (kinds or rules))
+            before = w.connections("a")
+            report = await w.finish(await w.migrate("b"))
+            assert report.outcome == ("refused" if reason else "complete")
+            assert report.reason == (f"b: host b cannot take the VM (nothing has changed); {reason}" if reason else "")
+            assert w.connections("a" if reason else "b") == before
+            await w.quiet()
+
+    asyncio.run(scenario())
+
+
+def has(w: World, kind: str) -> bool:
+    """All ports of the source have what was declared."""
+    tables = [w.driver("a").dump(ref, kind) for ref in w.active("a")]
+    records = [[record for one in table for record in one.records or ()] for table in tables]
+    return all(any("label" in record or "check" in record for record in found) for found in records)
 
 
 @pytest.mark.parametrize("host", ["a", "b"])

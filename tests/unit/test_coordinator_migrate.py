@@ -284,6 +284,40 @@ def test_what_only_the_source_could_keep_is_refused_while_the_vm_moves(
     run(tmp_path, scenario)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"policies": [pb.Policy(name="web", rules=[NARROW])]},
+            "the agent of h2 knows no rules with label .policy web",
+        ),
+        ({"ports": [pb.Port(kinds={"window": "{}"})]}, f"host h2 holds no state of kind window .port {MAC}"),
+    ],
+    ids=["rules", "kind"],
+)
+def test_what_was_declared_just_before_counts_though_the_source_has_not_got_it_yet(
+    tmp_path: Path, change: dict, words: str
+) -> None:
+    async def scenario(bench: Bench) -> None:
+        a, b = await bench.two_hosts()
+        bench.cluster.store.catalog.hosts["h1"].kinds.update({"acl": 2, "window": 1})
+        wanted = pb.ApplyRequest(config=pb.Config(**change))
+        for port in wanted.config.ports:
+            port.MergeFrom((await bench.stub.Show(pb.Empty())).ports[0])
+        await bench.stub.Apply(wanted)
+        with pytest.raises(grpc.RpcError) as caught:
+            await bench.begin_migration()
+        problem = received(caught.value, "coordinator")
+        assert isinstance(problem, PreflightFailed)
+        assert re.search(words, str(problem))
+        assert "describe" not in a.names() and "prepare" not in b.names()
+        bench.cluster.store.catalog.hosts["h2"].kinds.update({"acl": 2, "window": 1})
+        await bench.begin_migration()
+        assert await b.hear("prepare")
+
+    run(tmp_path, scenario)
+
+
 @pytest.mark.parametrize("named", ["newest", "older", "none"])
 def test_an_opening_names_its_configuration_and_gets_what_is_newer(tmp_path: Path, named: str) -> None:
     async def scenario(bench: Bench) -> None:
