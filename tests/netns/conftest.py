@@ -52,9 +52,12 @@ def world(cluster_box: ClusterBox) -> Iterator[World]:
     made = World(cluster_box.get())
     cluster_box.dirty = True
     with made.cluster.scope():
-        yield made
-        if not made.failed:
-            made.leave_nothing()
+        try:
+            yield made
+            if not made.failed:
+                made.leave_nothing()
+        finally:
+            made.end()
     cluster_box.dirty = made.failed
 
 

@@ -87,6 +87,7 @@ class World:
     def __init__(self, cluster: StandingCluster) -> None:
         self.cluster = cluster
         self.failed = False
+        self._last_words: str | None = None
         self.machines: list[Machine] = []
         self.expected: list[str] = list(EXPECTED)  # patterns of log lines that this test causes
         self.marks = {d.name: d.log.stat().st_size for d in self._daemons()}
@@ -184,7 +185,14 @@ class World:
             if not any(re.search(pattern, line) for pattern in self.expected)
         ]
 
+    def end(self) -> None:
+        """The cluster may be closed after this, with the daemons' logs, before anybody asks for them."""
+        self._last_words = self.logs()
+
     def logs(self) -> str:
+        """What the daemons wrote since the test began, the end of it."""
+        if self._last_words is not None:
+            return self._last_words
         return "\n".join(f"==== {name}\n{text[-6000:]}" for name, text in self._written().items())
 
     def _written(self) -> dict[str, str]:
