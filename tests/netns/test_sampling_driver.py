@@ -5,17 +5,21 @@ reach, several at once."""
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
 from datapath.drivers.ebpf.driver import EbpfDriver
+from datapath.drivers.ebpf.sampling import SamplingTable
 from datapath.errors import LoadRejected
 from datapath.state.kind import Op, Record, Table
 from datapath.state.sampling import SamplingDocument
+from tests.killed_exporter import AFTER, BEFORE, killed
 from tests.sflow import Datagram, read
 
 from .driver_lab import Guest, Host, shelf, wait_until
@@ -82,6 +86,33 @@ def all_told(host: Host, guest: Guest, collector: Collector) -> None:
     wait_until(lambda: collector.flows() >= record(host, guest)["flow_samples"] > 0, "samples are told")
 
 
+def each_is_told(host: Host, guest: Guest, collector: Collector, frames: int) -> None:
+    """One in one, `frames` of them at least. Which number a sample has is open where two frames pass at once."""
+
+    def told() -> bool:
+        pool, number = record(host, guest)["pool"], record(host, guest)["sub_agent"]
+        pools = [flow.pool for one in collector.told() if one.sub_agent == number for flow in one.flows]
+        return pool >= frames and (len(pools), max(pools)) == (pool, pool)
+
+    wait_until(told, f"{frames} frames and more are told, each once")
+
+
+def start_again(host: Host) -> None:
+    """The next agent on the switch as it is."""
+    host.driver = EbpfDriver()
+    host.start()
+
+
+def tell_no_more(host: Host) -> None:
+    """Samples stay in the ring until they are asked for."""
+    part = host.driver._parts().kinds.part("sampling")
+    assert isinstance(part, SamplingTable)
+    part._ending = True
+    os.eventfd_write(part._wake, 1)
+    part._thread.join(10)
+    assert not part._thread.is_alive()
+
+
 def test_segments_are_sampled_as_they_are_on_a_wire(host: Host, collector: Collector) -> None:
     """A guest whose kernel leaves segmentation to the switch."""
     vm, peer = host.guest("10.0.0.1"), host.guest("10.0.0.2")
@@ -119,20 +150,50 @@ def test_segments_are_sampled_as_they_are_on_a_wire(host: Host, collector: Colle
 def test_an_agent_that_starts_again_goes_on(host: Host, collector: Collector) -> None:
     """What passes while none runs waits in the ring for the next one."""
     vm, peer = host.guest("10.0.0.1"), host.guest("10.0.0.2")
-    sample(host, vm, collector, polling=1)
+    sample(host, vm, collector, polling=1, rate=1)
     send(vm, peer, 200)
     all_told(host, vm, collector)
     before = record(host, vm)
     host.run(host.driver.stop)
     send(vm, peer, 100)
-    host.driver = EbpfDriver()
-    host.start()
+    start_again(host)
     send(vm, peer, 100)
-    wait_until(lambda: record(host, vm)["pool"] >= before["pool"] + 200, "frames are counted")
-    wait_until(lambda: collector.flows() >= before["flow_samples"] + 50, "samples are told")  # 100 of 200, 7 sigma
-    all_told(host, vm, collector)
+    each_is_told(host, vm, collector, before["pool"] + 200)
     assert_continuous(collector.told())
+    assert record(host, vm)["drops"] == 0
     assert record(host, vm)["age_ns"] > before["age_ns"]
+
+
+def test_an_agent_that_is_killed_in_a_datagram_leaves_a_gap_of_one(host: Host, collector: Collector) -> None:
+    """With what it noted and did not send nothing is missing, and nothing comes twice."""
+    vm, peer = host.guest("10.0.0.1"), host.guest("10.0.0.2")
+    sample(host, vm, collector, rate=1)
+    lost: list[Datagram] = []
+    for when in (AFTER, BEFORE, BEFORE, AFTER):
+        send(vm, peer, 100)
+        host.run(host.driver.stop)
+        send(vm, peer, 100)
+        lost += map(read, host.run(partial(killed, host.options, when, 1)))
+        start_again(host)
+    send(vm, peer, 100)
+    host.run(host.driver.stop)
+    told = collector.told()
+    assert len(lost) == 2
+    assert {one.sequence for one in told}.isdisjoint(one.sequence for one in lost)
+    assert_continuous(sorted([*told, *lost], key=lambda one: one.sequence))
+    start_again(host)
+
+
+def test_what_waits_of_a_sub_agent_is_not_told_by_the_next_one(host: Host, collector: Collector) -> None:
+    """Its samples are still in the ring when its port, or another one in the same slot, is sampled anew."""
+    vm, peer = host.guest("10.0.0.1"), host.guest("10.0.0.2")
+    sample(host, vm, collector, rate=1)
+    tell_no_more(host)
+    send(vm, peer, 50)
+    host.run(lambda: host.driver.load(vm.ref, Table("sampling", Op.DELETE, records=[{"sub_agent": 7}])))
+    sample(host, vm, collector, rate=1, sub_agent=8)
+    send(vm, peer, 50)
+    each_is_told(host, vm, collector, 50)
 
 
 def test_a_move_that_is_taken_back_leaves_no_trace(host: Host, collector: Collector) -> None:

@@ -90,9 +90,10 @@ class SamplingTable(KindTable):
     def _begin(self, instance: Instance, record: Record) -> None:
         """Numbers that are in the map go on: another sub-agent is another record, and this one is cleared before."""
         slot, view = instance.slot, self._numbers.view
-        self._flush(slot)  # what was taken as it was configured before
-        known = self._agents.get(slot)
-        if not view["began"][slot]:
+        known, begins = self._agents.get(slot), not view["began"][slot]
+        if known is not None or begins:  # else an agent before this one sampled so: what it left in the ring is told
+            self._flush(slot)  # as it was configured until now; of a port that was in the slot before, nothing is told
+        if begins:
             view[slot] = np.zeros((), self._numbers.value)
             view["began"][slot] = ktime_ns()
         if view["rate"][slot] != record["rate"]:
