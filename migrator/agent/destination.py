@@ -256,7 +256,6 @@ class DestinationEnd(End):
         # Of what did not come rules may be a part: without a revision the coordinator says all of them again.
         self.report.revision = 0 if action.degraded else self.arrival.revision
         self.post(words.Opened())
-        self.beside("announce", self._announce)
         self.beside("source-first", self._wait_for_source)
 
     async def _wait_for_source(self) -> None:
@@ -295,6 +294,7 @@ class DestinationEnd(End):
 
     async def _send_opened(self, _: words.SendOpened) -> None:
         self._send(pb.FromDestination(opened=self._opened()))
+        self.beside("announce", self._announce)  # behind that word: the guest waits for what the source holds
         QUIET.end(self.name)
 
     def _opened(self) -> pb.Opened:

@@ -14,6 +14,7 @@ from migrator.agent.copying import Batch, Copier, RoundTotal
 from migrator.agent.report import Report
 
 REPORT_S = 0.2
+HURRY_S = 0.02  # frames for the guest wait meanwhile
 SHRINKS = 0.8
 """Rounds shrink while each has less than this share of the one before."""
 
@@ -49,6 +50,7 @@ class Rounds:
         self._loaded_more = asyncio.Event()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._hurried = asyncio.Event()
         self._began = self._told = 0.0
         self.task: asyncio.Task[None] | None = None
 
@@ -80,7 +82,7 @@ class Rounds:
 
     async def _drain(self) -> None:
         """Returns to stop, or when everything has to be dumped again."""
-        before = 0
+        before, hurried = 0, False
         while not self._stop.is_set():
             batch: Batch = await self._call(self._copier.drain)
             await self.send(batch)
@@ -95,7 +97,10 @@ class Rounds:
                 continue
             self._report.times_ms.setdefault("converged", (time.monotonic() - self._began) * 1e3)
             self._small()
+            if hurried:
+                self._hurried.set()
             await _within(self._hurry, self._settings.drain_interval_s)
+            hurried = self._hurry.is_set()
             self._hurry.clear()
         return None
 
@@ -146,9 +151,11 @@ class Rounds:
         self._report.not_moved.update(done.rejected)
         self._loaded_more.set()
 
-    def hurry(self) -> None:
-        """Drain now: the guest is about to stop."""
+    async def hurry(self) -> None:
+        """Drain now: the guest is about to stop. Returns when the destination has loaded that, or HURRY_S later."""
+        self._hurried.clear()
         self._hurry.set()
+        await _within(self._hurried, HURRY_S)
 
     def halt(self) -> None:
         """End after what is being sent."""

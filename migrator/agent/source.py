@@ -210,11 +210,14 @@ class SourceEnd(End):
         await self.call(self._for_a_lease, self.ports.hold)
         self.report.span("hold", "held")
         began = time.monotonic()
+        # What has changed until now goes while the guest still runs: it would stand for it.
+        await asyncio.gather(self._until_idle(), self.rounds.hurry())
+        self.report.lasted("idle_wait", began)
+        self.post(words.Held())
+
+    async def _until_idle(self) -> None:
         idle = partial(self.call, self.ports.idle)
         await wait_idle(idle, lambda: self.state.phase is Phase.HOLDING, self.around.settings, self.report)
-        self.report.lasted("idle_wait", began)
-        self.rounds.hurry()
-        self.post(words.Held())
 
     async def _suspend(self, _: words.Suspend) -> None:
         self.beside("suspend", self._suspend_guest)

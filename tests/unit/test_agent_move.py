@@ -11,7 +11,7 @@ import pytest
 from datapath.provider import PortRef
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.stream import PeerStream
-from tests.unit.pair import MACS, eventually, world
+from tests.unit.pair import MACS, Side, eventually, world
 
 
 def test_all_ports_and_all_state_move_together(tmp_path: Path) -> None:
@@ -105,6 +105,34 @@ def test_a_guest_that_stops_by_itself_is_followed(tmp_path: Path) -> None:
             assert not report.leading
             assert report.frames["may_be_lost"] == 2 * len(MACS)
             assert w.connections("b") == before
+
+    asyncio.run(scenario())
+
+
+def test_the_guest_does_not_stand_still_for_what_changed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has changed by the time its frames are held is at the destination when it is stopped."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b", drain_interval_s=60.0) as w:
+            w.fill("a", 10)
+            w.hypervisor.converged = False
+            migration = await w.migrate("b")
+            await eventually(lambda: any(end.state.phase == "watching" for end in w.agents["a"].ends))
+            w.fill("a", 20)
+            there: list[int] = []
+            suspend = Side.suspend
+
+            async def suspended(side: Side, vm: str) -> None:
+                refs = [status.ref for status in w.statuses("b")]
+                there.extend(len(t) for ref in refs for t in w.driver("b").dump(ref, "conntrack"))
+                await suspend(side, vm)
+
+            monkeypatch.setattr(Side, "suspend", suspended)
+            w.hypervisor.converged = True
+            assert (await w.finish(migration)).outcome == "complete"
+            assert there == [20] * len(MACS)
 
     asyncio.run(scenario())
 
