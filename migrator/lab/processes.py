@@ -17,6 +17,9 @@ from typing import Any
 from migrator.lab import netns
 from migrator.lab.errors import LabError, WorkerFailed
 
+PATIENT_S = 30.0
+"""For what need only happen at all: a loaded machine takes many times as long as one that is not."""
+
 
 class Daemon:
     """A long-running process in a namespace, its output in a file."""
@@ -148,7 +151,7 @@ class Worker:
 def wait_until(
     what: str,
     condition: Callable[[], Any],
-    timeout_s: float = 10.0,
+    timeout_s: float = PATIENT_S,
     interval_s: float = 0.02,
     explain: Callable[[], Any] | None = None,
 ) -> Any:

@@ -42,7 +42,7 @@ class Wire:
     def pass_through(self, side: bool, frame: bytes) -> None:
         """Send it and wait until it is there."""
         self.send(side, frame)
-        wait_until("a frame by hand arrives", lambda: self.arrived(side, frame), 5.0, explain=frame.hex)
+        wait_until("a frame by hand arrives", lambda: self.arrived(side, frame), explain=frame.hex)
 
     def blocked(self, side: bool, frame: bytes, after: bytes) -> bool:
         """Send it and then one that passes: True when only that one came."""

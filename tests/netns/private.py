@@ -13,6 +13,7 @@ from pathlib import Path
 from pyroute2 import IPRoute
 
 from migrator.lab import processes
+from migrator.lab.processes import PATIENT_S
 
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -59,10 +60,10 @@ def raw_socket(ifindex: int, protocol: int = 0) -> Iterator[socket.socket]:
     """AF_PACKET on one device; protocol 0 only sends."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as made:
         made.bind((socket.if_indextoname(ifindex), protocol))
-        made.settimeout(5)
+        made.settimeout(PATIENT_S)
         yield made
 
 
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 5.0) -> None:
+def wait_until(true: Callable[[], bool], what: str, seconds: float = PATIENT_S) -> None:
     """Look again until it is so, or fail by name. Between two looks the test's other threads have the interpreter."""
     processes.wait_until(what, true, seconds, 0.001)

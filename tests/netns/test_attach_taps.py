@@ -22,6 +22,7 @@ from datapath.drivers.ebpf.keeper import Keeper
 from datapath.drivers.ebpf.taps import GuestTap
 from datapath.errors import FeatureMissing, KernelError
 from datapath.provider import PortRef
+from migrator.lab.processes import PATIENT_S
 
 from .private import ETH_P_ALL, private_namespace, raw_socket, veth, wait_until
 
@@ -293,7 +294,7 @@ class Looking:
 def test_the_copy_keeps_the_tap_alive_until_closed(guest: subprocess.Popen[str]) -> None:
     with GuestTap("guest0"):
         guest.kill()
-        guest.wait(5)
+        guest.wait(PATIENT_S)
         assert "guest0" in devices.links()
     assert "guest0" not in devices.links()
 

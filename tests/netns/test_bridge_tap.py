@@ -18,6 +18,7 @@ import pytest
 from pyroute2 import IPRoute
 
 from datapath.provider import Network, NetworkKind
+from migrator.lab.processes import PATIENT_S
 
 from .driver_lab import Guest, Host, Place, connect, give_address, hosts
 from .test_driver_forward import talk
@@ -76,7 +77,7 @@ class Ear:
         head = bytes.fromhex(to.replace(":", "") + source.replace(":", ""))
         self.socket.send(head + struct.pack("!HI", LOCAL, number) + bytes(46))
 
-    def heard(self, last: int, seconds: float = 5.0) -> list[int]:
+    def heard(self, last: int, seconds: float = PATIENT_S) -> list[int]:
         """Numbers of the frames that came until `last` did."""
         found: list[int] = []
         deadline = monotonic() + seconds

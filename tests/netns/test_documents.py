@@ -127,7 +127,7 @@ def test_a_trunk_moves_with_its_tags(world: World) -> None:
     wait_until("so it is after the move", lambda: arrived(3), 10.0)
     answer = datagram(wire, PEER, 4)
     wire.send(PEER, answer)
-    wait_until("the answer has the tag", lambda: wire.arrived(PEER, answer[14:]), 5.0)
+    wait_until("the answer has the tag", lambda: wire.arrived(PEER, answer[14:]))
     assert ping(world.cluster.name(vm.name), blue.address), "untagged frames are on the port's own network"
 
 

@@ -13,6 +13,7 @@ from pyroute2 import IPRoute
 from datapath.errors import NotReady, UnsupportedKind
 from datapath.provider import Network, NetworkKind, Place, PortRef, PortState
 from datapath.state.kind import Table
+from migrator.lab.processes import PATIENT_S
 
 from .driver_lab import ANY, Guest, Host, connect, give_address, hosts, rules, shelf, wait_until
 from .test_driver_forward import talk
@@ -38,7 +39,7 @@ def raw(guest: Guest) -> socket.socket:
     def make() -> socket.socket:
         made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # hears nothing before it is bound
         made.bind(("eth0", 3))
-        made.settimeout(5)
+        made.settimeout(PATIENT_S)
         made.setsockopt(263, 8, 1)  # SOL_PACKET, PACKET_AUXDATA: the tag that the kernel took off
         return made
 

@@ -12,6 +12,7 @@ import pytest
 
 from datapath.errors import NotReady, StaleEpoch
 from datapath.provider import PortRef, PortState
+from migrator.lab.processes import PATIENT_S
 
 from .driver_lab import Guest, Host, hosts, shelf, wait_until
 
@@ -294,7 +295,7 @@ def test_inject_as_the_guest(pair: list[Host]) -> None:
     spoofed = bytes(10) + bytes.fromhex("ffffffffffff0200000000ee88b6") + bytes(46)
     raw = peer.run(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B6)))
     with raw:
-        raw.settimeout(5)
+        raw.settimeout(PATIENT_S)
         assert source.run(lambda: source.driver.inject(vm.ref, [spoofed, frame], judged=False)) == 2
         assert raw.recv(2000)[6:12] == bytes.fromhex(vm.ref.mac.replace(":", ""))
     assert source.run(lambda: source.driver.port(vm.ref)).drops.get("spoof-mac") == 1

@@ -212,7 +212,7 @@ def test_what_waits_at_the_pause_leaves_before_it_whole_and_in_order(host: Host,
             out.sendto(_NUMBER.pack(number).ljust(1000, b"."), (receiver.address, PORT))
         assert not host.run(lambda: host.driver.idle(guest.ref)), "half of it waits"
         host.run(lambda: host.driver.hold(guest.ref))
-        wait_until(lambda: host.run(lambda: host.driver.idle(guest.ref)) is not False, "nothing waits any more", 5.0)
+        wait_until(lambda: host.run(lambda: host.driver.idle(guest.ref)) is not False, "nothing waits any more")
         host.run(lambda: host.driver.quiesce(guest.ref))
         found: list[int] = []
         into.setblocking(False)
@@ -224,7 +224,7 @@ def test_what_waits_at_the_pause_leaves_before_it_whole_and_in_order(host: Host,
             except BlockingIOError:
                 return len(found) >= count
 
-        wait_until(arrived, "all of them arrive", 5.0)
+        wait_until(arrived, "all of them arrive")
         assert found == list(range(count))
         debt_s = shown(host, guest)[direction]["debt_ns"] / 1e9
         cost_s = count * 1042 * 8 / 4_000_000

@@ -181,7 +181,7 @@ def test_rule_the_redirect_outlives_the_tap_and_ends_when_idle(world: World) -> 
     vm, peer = world.vm("h1"), world.peer("h3")
     streams = Streams(vm, peer)
     world.move(vm, "h2")
-    wait_until("the source's tap is gone", lambda: vm.ports[0].devices["h1"] not in _links(world, "h1"), 5.0)
+    wait_until("the source's tap is gone", lambda: vm.ports[0].devices["h1"] not in _links(world, "h1"))
     wait_until(
         "the redirect ends", lambda: not instances(world, "h1", vm), 20.0, explain=lambda: instances(world, "h1", vm)
     )

@@ -105,7 +105,7 @@ def test_rule_leases_end_a_hold(world: World) -> None:
     scene.wire.send(PEER, before)
     scene.pass_the_lease()
     scene.wire.send(PEER, after)
-    wait_until("what comes now arrives", lambda: scene.wire.arrived(PEER, after), 5.0)
+    wait_until("what comes now arrives", lambda: scene.wire.arrived(PEER, after))
     assert not scene.wire.arrived(PEER, before)
     scene.restart()
     wait_until("what was held arrives", lambda: scene.wire.arrived(PEER, before), 20.0)
@@ -124,7 +124,7 @@ def test_rule_leases_never_open_a_quiesced_source(world: World) -> None:
     before = scene.vm.order("status")["from_guest"]
     for side, frame in tries:
         scene.wire.send(side, frame)
-    wait_until("the guest has sent", lambda: scene.vm.order("status")["from_guest"] >= before + 20, 5.0)
+    wait_until("the guest has sent", lambda: scene.vm.order("status")["from_guest"] >= before + 20)
     assert not any(scene.wire.arrived(side, frame) for side, frame in tries)
     scene.restart()
     scene.ends("h1")
@@ -145,7 +145,7 @@ def test_rule_leases_leave_a_staged_port_shut(world: World) -> None:
     scene.wire.send(GUEST, late)
     flooded = frames.ethernet(scene.peer.ports[0].mac, "ff:ff:ff:ff:ff:ff", scene.numbered(PEER, 3)[14:])
     scene.wire.send(PEER, flooded)
-    wait_until("a broadcast is at the host", lambda: seen(uplink, "in", flooded), 5.0)
+    wait_until("a broadcast is at the host", lambda: seen(uplink, "in", flooded))
     assert not seen(tap, "out", b"")
     assert not scene.wire.arrived(GUEST, early) and not scene.wire.arrived(GUEST, late)
     scene.restart()

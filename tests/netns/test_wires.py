@@ -175,7 +175,7 @@ def test_rule_a_guest_that_stops_while_its_agent_has_no_cpu(world: World) -> Non
         vm.order("suspend")
         vm.wait_for_place("h2")
         mark = streams.sent(1)
-        wait_until("the source's device would be gone", lambda: streams.sent(1) >= mark + 60, 5.0)
+        wait_until("the source's device would be gone", lambda: streams.sent(1) >= mark + 60)
     finally:
         os.kill(agent, signal.SIGCONT)
     *_, report = reports
