@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from typing import Any
@@ -102,6 +103,18 @@ def test_only_rules_that_use_them_ask_a_later_version(host: Host, rules: dict[st
     need = host.driver.describe([made])
     assert need.kinds["acl"] == (2 if rules else 1)
     assert host.driver.probe(need) == []
+
+
+REFUSALS = {
+    "ebpf": ["Kind acl has version 3, this host knows up to 2.", "The driver ebpf cannot hold state of kind x-later."],
+    "dummy": ["kind acl version 3: only 2 is known", "kind x-later version 1: not held here"],
+}
+
+
+def test_what_a_driver_does_not_know_it_refuses_by_name(host: Host) -> None:
+    need = host.driver.describe([host.stage()])
+    later = dataclasses.replace(need, kinds={**need.kinds, "acl": 3, "x-later": 1})
+    assert host.driver.probe(later) == REFUSALS[host.driver.name]
 
 
 def test_rules_connections_and_windows_of_a_kept_file_come_back(host: Host) -> None:
