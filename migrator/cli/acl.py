@@ -12,7 +12,7 @@ from migrator import config
 from migrator._pb import migrator_pb2 as pb
 from migrator.cli.apply import apply as apply_command
 from migrator.cli.changes import apply, checked, declared, named, remove
-from migrator.cli.context import Context, Group, pass_context
+from migrator.cli.context import Context, Group, complete, pass_context
 from migrator.cli.local import dump, find_ports
 from migrator.errors import ObjectNotFound
 from migrator.table import plain, print_json, print_table
@@ -29,7 +29,7 @@ acl.add_command(apply_command)
 
 
 @acl.command()
-@click.argument("policy")
+@click.argument("policy", shell_complete=complete("policy"))
 @click.option("--direction", type=click.Choice(["from", "to"]), help="Who begins: from the guest, or to it.")
 @click.option("--action", type=click.Choice(["allow", "drop", "reject"]), help="What becomes of it.")
 @click.option("--priority", type=int, help="0 to 65535, the lowest that matches wins; default 100.")
@@ -72,7 +72,7 @@ def list_(context: Context) -> None:
 
 
 @acl.command()
-@click.argument("word", metavar="POLICY|VM|PORT")
+@click.argument("word", metavar="POLICY|VM|PORT", shell_complete=complete("policy"))
 @pass_context
 def show(context: Context, word: str) -> None:
     """A policy's rules; or, of a VM or port on this host, the rules as they are applied, with their hits."""
@@ -139,7 +139,7 @@ def _record_row(record: dict[str, Any]) -> Sequence[object]:
 
 
 @acl.command("del")
-@click.argument("policy")
+@click.argument("policy", shell_complete=complete("policy"))
 @click.option("--rule", type=int, metavar="ID", help="Only this rule.")
 @pass_context
 def del_(context: Context, policy: str, rule: int | None) -> None:

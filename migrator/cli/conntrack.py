@@ -13,9 +13,13 @@ from migrator.cli.context import Context, Group, complete, pass_context
 from migrator.cli.local import dump, find_ports
 from migrator.inspect import rows
 from migrator.table import print_json
-from migrator.watching.match import parse
+from migrator.watching.match import fields, parse
 
 _KIND = KINDS["conntrack"]
+
+
+def _complete_match(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    return [f"{name}=" for name in fields([_KIND.name]) if name.startswith(incomplete)]
 
 
 @click.group(cls=Group)
@@ -50,6 +54,7 @@ def list_(context: Context, word: str) -> None:
     "matches",
     multiple=True,
     metavar="FIELD=VALUE",
+    shell_complete=_complete_match,
     help="Only connections of which this holds, or FIELD!=VALUE; several times: all. As of `migrator watch`.",
 )
 @click.option("--all", "every", is_flag=True, help="All connections.")

@@ -226,7 +226,7 @@ class Group(click.Group):
 
 
 def complete(kind: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """Shell completion of the names of VMs or hosts; nothing when the coordinator does not answer at once."""
+    """Shell completion of the names of VMs, hosts or policies; nothing when the coordinator does not answer at once."""
 
     def names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
         from migrator._pb import migrator_pb2 as pb
@@ -235,6 +235,8 @@ def complete(kind: str) -> Callable[[click.Context, click.Parameter, str], list[
             stub = ctx.ensure_object(Context).coordinator
             if kind == "host":
                 found = {host.name for host in stub.Hosts(pb.Empty(), timeout=0.5).hosts}
+            elif kind == "policy":
+                found = {policy.name for policy in stub.Show(pb.Empty(), timeout=0.5).policies}
             else:
                 found = {port.name or port.vm for port in stub.Show(pb.Empty(), timeout=0.5).ports}
         except Exception:

@@ -277,6 +277,15 @@ def test_names_of_vms_are_completed(served: Served, document: str, capsys) -> No
     ctx = command.make_context("migrate", [], resilient_parsing=True, obj=Context())
     ctx.obj.coordinator_address = f"127.0.0.1:{served.bench.port}"
     assert complete("vm")(ctx, command.params[0], "sh") == ["shop"]
+    assert complete("policy")(ctx, command.params[0], "") == ["web"]
+
+
+def test_fields_of_connections_are_completed() -> None:
+    set_label = cli.get_command(None, "conntrack").get_command(None, "set-label")
+    ctx = set_label.make_context("set-label", [], resilient_parsing=True)
+    match = next(param for param in set_label.params if param.name == "matches")
+    assert [item.value for item in match.shell_complete(ctx, "la")] == ["label=", "laddr="]
+    assert [item.value for item in match.shell_complete(ctx, "mark")] == ["mark="]
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
