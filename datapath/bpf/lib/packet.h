@@ -79,6 +79,12 @@ static __always_inline int packet_load(struct __sk_buff *skb, __u32 offset, void
 	return 0;
 }
 
+/* Behind the IP packet: what follows is padding. Of a large frame, which has none, it is beyond the frame. */
+static __always_inline __u32 packet_end(const struct packet *pkt)
+{
+	return pkt->l3_offset + pkt->wire_bytes;
+}
+
 static __always_inline void addr_map_v4(__be32 addr[4], __be32 v4)
 {
 	addr[0] = 0;

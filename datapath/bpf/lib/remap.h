@@ -13,13 +13,6 @@
 #include "remap_answer.h"
 #include "remap_error.h"
 
-/* DHCP is spoken past any remapping: its messages name the inside address (RFC 2131). */
-static __always_inline int remap_is_dhcp(const struct packet *pkt)
-{
-	return pkt->l3 == L3_IPV4 && pkt->proto == IPPROTO_UDP && pkt->lport == bpf_htons(DHCP_CLIENT) &&
-	       pkt->rport == bpf_htons(DHCP_SERVER);
-}
-
 static __noinline int remap_packet(struct __sk_buff *skb, struct port *port, struct packet *pkt, __u32 side)
 {
 	struct remap_end to = {};
@@ -40,17 +33,18 @@ static __noinline int remap_packet(struct __sk_buff *skb, struct port *port, str
  */
 __noinline int remap_to_guest(struct __sk_buff *skb, struct port *port, struct packet *pkt)
 {
+	int reason;
+
 	if (!port || !pkt)
 		return DROP_MALFORMED;
 	if (pkt->l3 == L3_ARP)
 		return remap_arp_to_guest(skb, port, pkt);
 	if (pkt->l3 != L3_IPV4 && pkt->l3 != L3_IPV6)
 		return DROP_NONE;
-	if (remap_is_solicitation(pkt))
-		return remap_solicitation(skb, port, pkt);
 	if (packet_is_icmp_error(pkt))
 		return remap_error(skb, port, pkt, REMAP_IN);
-	return remap_packet(skb, port, pkt, REMAP_IN);
+	reason = remap_is_solicitation(pkt) ? remap_solicitation(skb, port, pkt) : DROP_NONE;
+	return reason ?: remap_packet(skb, port, pkt, REMAP_IN);
 }
 
 /* A frame from the guest: inside -> outside, in the frame only. Returns enum drop_reason. */

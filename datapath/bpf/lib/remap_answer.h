@@ -37,8 +37,11 @@ static __always_inline int remap_send(struct __sk_buff *skb, struct port *port, 
 
 static __always_inline int remap_arp_load(struct __sk_buff *skb, const struct packet *pkt, struct arp_ipv4 *arp)
 {
-	return bpf_skb_load_bytes(skb, pkt->l3_offset, arp, sizeof(*arp)) || arp->protocol != bpf_htons(ETH_P_IP) ||
-	       arp->hardware_size != ETH_ALEN || arp->protocol_size != sizeof(__be32);
+	if (bpf_skb_load_bytes(skb, pkt->l3_offset, arp, sizeof(*arp)) ||
+	    (arp->hardware != bpf_htons(ARP_ETHERNET) && arp->hardware != bpf_htons(ARP_IEEE802)))
+		return -1;
+	return arp->protocol != bpf_htons(ETH_P_IP) || arp->hardware_size != ETH_ALEN ||
+	       arp->protocol_size != sizeof(__be32);
 }
 
 static __always_inline void remap_arp_address(__be32 addr[4], const __u8 bytes[4])
@@ -121,6 +124,12 @@ static __always_inline int remap_is_discovery(const struct packet *pkt)
 	return remap_is_solicitation(pkt) || (pkt->proto == IPPROTO_ICMPV6 && pkt->icmp_type == ICMP6_NEIGHBOUR_ADVERT);
 }
 
+static __always_inline long remap_nd_load(struct __sk_buff *skb, const struct packet *pkt, struct nd_message *nd)
+{
+	return pkt->l4_offset + sizeof(*nd) > packet_end(pkt) ||
+	       bpf_skb_load_bytes(skb, pkt->l4_offset, nd, sizeof(*nd));
+}
+
 /* RFC 4861, 7.2.4: to all nodes when who asks has no address yet. */
 static __noinline int remap_advertise(struct __sk_buff *skb, struct port *port, struct packet *pkt, __be32 target[4])
 {
@@ -160,8 +169,8 @@ static __noinline int remap_solicitation(struct __sk_buff *skb, struct port *por
 {
 	struct nd_message nd;
 
-	if (pkt->fragment != FRAGMENT_NONE || pkt->hops != ND_HOP_LIMIT ||
-	    bpf_skb_load_bytes(skb, pkt->l4_offset, &nd, sizeof(nd)))
+	if (pkt->fragment != FRAGMENT_NONE || pkt->hops != ND_HOP_LIMIT || pkt->icmp_code ||
+	    remap_nd_load(skb, pkt, &nd))
 		return DROP_NONE; /* no guest takes it for one: RFC 4861, 7.1.1, RFC 6980 */
 	if (remap_address(port->slot, REMAP_IN, nd.target))
 		return remap_advertise(skb, port, pkt, nd.target);
@@ -176,7 +185,7 @@ static __noinline int remap_discovery(struct __sk_buff *skb, struct port *port, 
 	__be32 outside[4];
 	__s64 difference;
 
-	if (bpf_skb_load_bytes(skb, pkt->l4_offset, &nd, sizeof(nd)))
+	if (remap_nd_load(skb, pkt, &nd))
 		return DROP_NONE;
 	entry = remap_address_rule(port->slot, REMAP_OUT, nd.target);
 	if (!entry)

@@ -8,6 +8,14 @@
 #include "checksum.h"
 #include "related.h"
 #include "remap_rewrite.h"
+#include "spoof.h"
+
+/* DHCP is spoken past any remapping: its messages name the inside address (RFC 2131). */
+static __always_inline int remap_is_dhcp(const struct packet *pkt)
+{
+	return pkt->l3 == L3_IPV4 && pkt->proto == IPPROTO_UDP && pkt->lport == bpf_htons(DHCP_CLIENT) &&
+	       pkt->rport == bpf_htons(DHCP_SERVER);
+}
 
 /* A checksum after what it covers has changed by `difference`. */
 static __always_inline __u16 remap_adjusted(__u16 sum, __s64 difference)
@@ -22,15 +30,15 @@ static __always_inline __s64 remap_change(__u16 old, __u16 new)
 }
 
 /* Adjusts the checksum at `offset`, where there is one, and adds to `total` what that changes. */
-static __always_inline void remap_carried_sum(struct __sk_buff *skb, __u32 offset, __s64 difference, int udp,
+static __always_inline void remap_carried_sum(struct __sk_buff *skb, __u32 offset, __s64 difference, int none_is_zero,
 					      __s64 *total)
 {
 	__u16 old, new;
 
-	if (bpf_skb_load_bytes(skb, offset, &old, sizeof(old)) || (udp && !old))
+	if (bpf_skb_load_bytes(skb, offset, &old, sizeof(old)) || (none_is_zero && !old))
 		return; /* only 8 bytes of the transport header must be there (RFC 792) */
 	new = remap_adjusted(old, difference);
-	if (udp && !new)
+	if (none_is_zero && !new)
 		new = 0xffff;
 	if (!bpf_skb_store_bytes(skb, offset, &new, sizeof(new), 0))
 		*total += remap_change(old, new);
@@ -65,9 +73,8 @@ static __noinline int remap_carried(struct __sk_buff *skb, const struct packet *
 	total = difference + ports;
 	if (inner->l3 == L3_IPV4)
 		remap_carried_sum(skb, inner->l3_offset + offsetof(struct iphdr, check), difference, 0, &total);
-	if (check)
-		remap_carried_sum(skb, inner->l4_offset + check, difference + ports, inner->proto == IPPROTO_UDP,
-				  &total);
+	if (check && inner->l4_offset + check + sizeof(__u16) <= packet_end(pkt))
+		remap_carried_sum(skb, inner->l4_offset + check, difference + ports, remap_none_is_zero(inner), &total);
 	return bpf_l4_csum_replace(skb, outer, 0, checksum_fold(total), 0) ? DROP_REMAP : DROP_NONE;
 }
 
@@ -82,7 +89,7 @@ static __noinline int remap_error(struct __sk_buff *skb, struct port *port, stru
 		return DROP_REMAP;
 	inner.wire_packets = pkt->wire_packets;
 	inner.wire_bytes = pkt->wire_bytes;
-	reason = remap_rule(port->slot, &inner, side, &to);
+	reason = remap_is_dhcp(&inner) ? DROP_NONE : remap_rule(port->slot, &inner, side, &to);
 	if (!reason && to.ruled)
 		reason = remap_carried(skb, pkt, &inner, side, &to);
 	/* a guest that forwards tells from another address of its own */

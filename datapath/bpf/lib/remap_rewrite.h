@@ -11,26 +11,13 @@
 
 #include <linux/ip.h>
 #include <linux/ipv6.h>
-#include <linux/tcp.h>
-#include <linux/udp.h>
 
 #include "remap_rule.h"
 
-/* Where the checksum that covers the pseudo-header is, from the transport header on; 0: none is. RFC 3828, 4340, 4443
- */
-static __always_inline __u32 remap_checksum_at(const struct packet *pkt)
+/* A checksum of zero says that there is none: one that comes to it is written as all ones. RFC 768, RFC 3828 */
+static __always_inline int remap_none_is_zero(const struct packet *pkt)
 {
-	switch (pkt->proto) {
-	case IPPROTO_TCP:
-		return offsetof(struct tcphdr, check);
-	case IPPROTO_UDP:
-	case IPPROTO_UDPLITE:
-	case IPPROTO_DCCP:
-		return offsetof(struct udphdr, check);
-	case IPPROTO_ICMPV6:
-		return 2;
-	}
-	return 0;
+	return pkt->proto == IPPROTO_UDP || pkt->proto == IPPROTO_UDPLITE;
 }
 
 /* Where in the frame the guest's address is. `side`: which way the frame goes. */
@@ -45,7 +32,7 @@ static __always_inline __u32 remap_address_at(const struct packet *pkt, __u32 si
 static __always_inline long remap_ipv4(struct __sk_buff *skb, const struct packet *pkt, __u32 side, __u32 check,
 				       const struct remap_end *to)
 {
-	__u64 flags = sizeof(__be32) | BPF_F_PSEUDO_HDR | (pkt->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0);
+	__u64 flags = sizeof(__be32) | BPF_F_PSEUDO_HDR | (remap_none_is_zero(pkt) ? BPF_F_MARK_MANGLED_0 : 0);
 	__be32 old = pkt->laddr[3], new = to->addr[3];
 	long failed = bpf_l3_csum_replace(skb, pkt->l3_offset + offsetof(struct iphdr, check), old, new, sizeof(new));
 
@@ -57,7 +44,7 @@ static __always_inline long remap_ipv4(struct __sk_buff *skb, const struct packe
 static __always_inline long remap_ipv6(struct __sk_buff *skb, struct packet *pkt, __u32 side, __u32 check,
 				       struct remap_end *to)
 {
-	__u64 flags = BPF_F_PSEUDO_HDR | (pkt->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0);
+	__u64 flags = BPF_F_PSEUDO_HDR | (remap_none_is_zero(pkt) ? BPF_F_MARK_MANGLED_0 : 0);
 	__s64 difference = bpf_csum_diff(pkt->laddr, sizeof(pkt->laddr), to->addr, sizeof(to->addr), 0);
 	long failed = check ? bpf_l4_csum_replace(skb, check, 0, difference, flags) : 0;
 
@@ -69,7 +56,7 @@ static __always_inline long remap_ipv6(struct __sk_buff *skb, struct packet *pkt
 static __always_inline long remap_ports(struct __sk_buff *skb, const struct packet *pkt, __u32 side, __u32 check,
 					const struct remap_end *to)
 {
-	__u64 flags = sizeof(__be16) | (pkt->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0), store = 0;
+	__u64 flags = sizeof(__be16) | (remap_none_is_zero(pkt) ? BPF_F_MARK_MANGLED_0 : 0), store = 0;
 	__u32 offset = pkt->l4_offset + (side == REMAP_OUT ? 0 : sizeof(__be16));
 	__be16 sum = 0;
 	long failed = bpf_skb_load_bytes(skb, check, &sum, sizeof(sum));

@@ -2,6 +2,9 @@
 /* Which rule of a port's remapping is for one end of a packet. */
 #pragma once
 
+#include <linux/tcp.h>
+#include <linux/udp.h>
+
 #include "address.h"
 
 struct { /* every port's rules, by address and, where a rule has them, protocol and port */
@@ -79,6 +82,31 @@ static __always_inline int remap_is_hidden(__u32 slot, const struct remap_entry 
 	return remap_has_ports(pkt->proto) && remap_port_rule(slot, REMAP_OUT, pkt->laddr, pkt);
 }
 
+/* Where the checksum that covers the pseudo-header is, from the transport header on; 0: none is. RFC 3828, 4340, 4443
+ */
+static __always_inline __u32 remap_checksum_at(const struct packet *pkt)
+{
+	switch (pkt->proto) {
+	case IPPROTO_TCP:
+		return offsetof(struct tcphdr, check);
+	case IPPROTO_UDP:
+	case IPPROTO_UDPLITE:
+	case IPPROTO_DCCP:
+		return offsetof(struct udphdr, check);
+	case IPPROTO_ICMPV6:
+		return 2;
+	}
+	return 0;
+}
+
+/* It ends before its checksum. Never so for the packet in an ICMP error, which may: it is measured by the error. */
+static __always_inline int remap_is_cut(const struct packet *pkt)
+{
+	__u32 check = pkt->fragment == FRAGMENT_LATER ? 0 : remap_checksum_at(pkt);
+
+	return check && pkt->l4_offset + check + sizeof(__u16) > packet_end(pkt);
+}
+
 static __always_inline void remap_count(struct remap_entry *entry, const struct packet *pkt)
 {
 	__sync_fetch_and_add(&entry->packets, pkt->wire_packets);
@@ -134,6 +162,8 @@ static __noinline int remap_rule(__u32 slot, const struct packet *pkt, __u32 sid
 		to->port = exact->port;
 		entry = exact;
 	}
+	if (remap_is_cut(pkt))
+		return DROP_REMAP;
 	addr_copy(to->addr, entry->addr);
 	to->ruled = 1;
 	remap_count(entry, pkt);

@@ -21,6 +21,7 @@
 #include "spoof_nd.h"
 
 #define ARP_ETHERNET 1 /* hardware type */
+#define ARP_IEEE802  6 /* of what is Ethernet as well: RFC 1042 */
 #define DHCP_SERVER  67
 #define DHCP_CLIENT  68
 #define DHCP6_SERVER 547
