@@ -11,17 +11,20 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from datapath.drivers.ebpf.acl import compile_rules
+from datapath.drivers.ebpf.remap import elements
 from datapath.state.drops import REASONS
+from datapath.state.remap import RemapDocument
 
-from . import answers, generated
+from . import answers, generated, generated_remap
 from .frames import address, mac_bytes
-from .generated import FROM, GUEST_MAC, OWN, PEER_MAC, Generator, Sent
+from .generated import FROM, GUEST_MAC, OWN, PEER_MAC, TO, Generator, Sent
+from .generated_remap import RemapGenerator
 from .lab import Lab
 from .model import MODEL
 from .probe import TIMEOUTS_MS, load_policy
@@ -42,7 +45,8 @@ class Scenario:
     sent: Sequence[Sent]
 
 
-def scenario(seed: int, length: int) -> Scenario:
+def scenario(seed: int, length: int, *, remapped: bool = False) -> Scenario:
+    """`remapped`: with remap rules."""
     chance = random.Random(seed)
     setting = Setting(
         mac=mac_bytes(GUEST_MAC),
@@ -55,6 +59,9 @@ def scenario(seed: int, length: int) -> Scenario:
         known_macs=frozenset([mac_bytes(PEER_MAC)]),
     )
     generator = Generator(chance)
+    if remapped:
+        setting = replace(setting, remaps=generated_remap.rule_sets(chance))
+        generator = RemapGenerator(chance, setting.remaps)
     return Scenario(setting, [generator.one() for _ in range(length)])
 
 
@@ -91,6 +98,13 @@ class Beside:
                 self._set_policy(sent.policy)
                 reference.policy = sent.policy
                 continue
+            if sent.remap >= 0:
+                difference = self._remaps(reference)
+                if difference:
+                    return number, difference
+                self._set_remaps(given.setting, sent.remap)
+                reference.remap(sent.remap)
+                continue
             difference = self._one(reference, sent) if runs(sent.frame) else ""
             difference = difference or (self._drops() if closely else "")
             if difference:
@@ -123,6 +137,7 @@ class Beside:
             self._compiled = [compile_rules(rules) for rules in setting.policies]
             self._generations: dict[int, int] = {}
         self._set_policy(0)
+        self._set_remaps(setting, 0)
         self._before = self._counters()
 
     def _set_policy(self, number: int) -> None:
@@ -130,6 +145,15 @@ class Beside:
             self._generations[number] = next(_generations)
             load_policy(self.switch, self._generations[number], self._compiled[number])
         self.switch.put("policies", SLOT, self._compiled[number].digest << 32 | self._generations[number])
+
+    def _set_remaps(self, setting: Setting, number: int) -> None:
+        records = RemapDocument.model_validate({"rules": setting.remaps[number]}).records()
+        self._keys, values = elements(SLOT, records)
+        table = self.switch.maps["remaps"]
+        table.clear()
+        for key, value in zip(self._keys, values, strict=True):
+            table.update(key.tobytes(), value.tobytes())
+        self.lab.change_port(SLOT, features=MODEL.FEATURE_REMAP if records else 0)
 
     def _counters(self) -> Any:
         """struct counters of the port as u64s, of all CPUs together."""
@@ -151,9 +175,22 @@ class Beside:
         if run.verdict not in ((SHOT,) if reason else passes):
             return f"verdict {run.verdict} for {reason or 'passed'}"
         if reason == "reject":
-            return answers.wrong(reference.packet, expected, run.frame, sent.direction)
-        if not reason and run.frame != expected:
+            difference = answers.wrong(reference.packet, expected, run.frame, sent.direction)
+            told = sent.direction == TO and answers.answerable(reference.packet)
+            return difference or (self._answered(reference, run.frame) if told else "")
+        if (not reason or reason == "answered") and run.frame != expected:
             return f"goes on as {run.frame.hex()}, the reference says {expected.hex()}"
+        return self._answered(reference, run.frame) if reason == "answered" else ""
+
+    def _answered(self, reference: Reference, answer: bytes) -> str:
+        """What the switch says in the guest's stead comes in as the guest's."""
+        reason, expected = reference.from_switch(answer)
+        self._reasons[reason] += bool(reason)
+        run = self.switch.run("from_port", answer, self.ifindex, mark=MODEL.SKB_MARK_JUDGED)
+        if run.verdict not in ((SHOT,) if reason else (SHOT, REDIRECT)):
+            return f"verdict {run.verdict} for {reason or 'passed'}, of an answer"
+        if not reason and run.frame != expected:
+            return f"answer goes on as {run.frame.hex()}, the reference says {expected.hex()}"
         return ""
 
     # ---- what is left of it ----
@@ -175,7 +212,23 @@ class Beside:
         ):
             if here != there:
                 return f"{what} differ: {_difference(here, there)}"
-        return ""
+        return self._remaps(reference)
+
+    def _remaps(self, reference: Reference) -> str:
+        """What the rules counted since they are there."""
+        here, remapping = {}, reference.remapping
+        for key in self._keys:
+            entry = MODEL.remap_entry.from_buffer_copy(self.switch.maps["remaps"].lookup(key.tobytes()) or b"")
+            if entry.flags & MODEL.REMAP_F_RULE and entry.packets:
+                end = (key["addr"].tobytes(), int(key["proto"]), int(key["port"]))
+                here[end] = (int(entry.packets), int(entry.bytes))
+        there = {
+            (end.address, rule.proto, end.port): (remapping.counted[of], remapping.counted_bytes[of])
+            for number, rule in enumerate(remapping.rules)
+            for of, end in (((number, FROM), rule.inside), ((number, TO), rule.outside))
+            if remapping.counted[of]
+        }
+        return "" if here == there else f"remapped differ: {_difference(here, there)}"
 
     def _hits(self) -> dict[int, tuple[int, int]]:
         found = {}

@@ -36,16 +36,19 @@ PROTOCOLS = (*[6] * 8, *[17] * 6, *[1] * 4, *[58] * 4, 47, 50, 132, 59, 0, 255)
 
 @dataclass(frozen=True)
 class Sent:
-    """One frame and how it comes; `policy` is not -1 for a change of the policy instead."""
+    """One frame and how it comes; `policy` or `remap` is not -1 for a change of these rules instead."""
 
     direction: int = FROM
     frame: bytes = b""
     gso_size: int = 0
     policy: int = -1
+    remap: int = -1
 
 
 class Generator:
     """Frames of one port. `chance` decides everything."""
+
+    protocols = PROTOCOLS
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
@@ -113,7 +116,7 @@ class Generator:
 
     def _ipv4(self, direction: int, *, inner: bool = False) -> bytes:
         chance = self.chance
-        proto = chance.choice(PROTOCOLS)
+        proto = chance.choice(self.protocols)
         body = self._transport(proto, direction, v6=False, inner=inner)
         options = chance.choice([b"", b"", b"", b"", b"\x94\4\0\0", b"\1" * 8])
         offset = chance.choice([*[0] * 12, 0x4000, 0x4000, 0x2000, 0x2000, 1, 0x2001, 3, 0x2010, 0x1FFF])
@@ -128,7 +131,7 @@ class Generator:
 
     def _ipv6(self, direction: int, *, inner: bool = False) -> bytes:
         chance = self.chance
-        proto = chance.choice(PROTOCOLS)
+        proto = chance.choice(self.protocols)
         source, target = self._pair(direction, OWN6, PEERS6)
         rest, following = self._transport(proto, direction, v6=True, inner=inner), proto
         for _ in range(chance.choice([0, 0, 0, 0, 0, 0, 1, 1, 2, 3, 7, 8, 9])):
@@ -156,7 +159,7 @@ class Generator:
     def _transport(self, proto: int, direction: int, *, v6: bool, inner: bool) -> bytes:
         chance = self.chance
         data = bytes(chance.choice([0, 0, 4, 20, 300]))
-        ports = (chance.choice(PORTS), chance.choice(PORTS)) if chance.random() < 0.3 else (40000, 80)
+        ports = self._ports()
         ports = ports if direction == FROM else (ports[1], ports[0])
         if proto == 6:
             words = chance.choice([*[5] * 9, 6, 10, 4, 15])
@@ -169,12 +172,21 @@ class Generator:
             return self._icmp(proto, direction, v6=v6, inner=inner) + data
         return data
 
+    def _ports(self) -> tuple[int, int]:
+        """The guest's and the other."""
+        chance = self.chance
+        return (chance.choice(PORTS), chance.choice(PORTS)) if chance.random() < 0.3 else (40000, 80)
+
+    def _asked(self) -> str:
+        """The target of neighbour discovery."""
+        return self.chance.choice([*OWN6, *PEERS6])
+
     def _icmp(self, proto: int, direction: int, *, v6: bool, inner: bool) -> bytes:
         chance = self.chance
         kind = chance.choice(ICMP6 if proto == 58 else ICMP4)
         head = struct.pack("!BBHHH", kind, chance.choice([0, 0, 0, 1, 3]), 0, chance.randrange(3), 0)
         if kind in (135, 136):
-            target = socket.inet_pton(socket.AF_INET6, chance.choice([*OWN6, *PEERS6]))
+            target = socket.inet_pton(socket.AF_INET6, self._asked())
             return head[:4] + bytes(4) + target + self._options()
         if kind == 133:
             return head + self._options()
@@ -185,12 +197,16 @@ class Generator:
     def _about(self, direction: int, *, v6: bool) -> bytes:
         """The packet that an error is about: often one that was sent just now."""
         chance = self.chance
-        known = [packet for way, packet in self._recent if way != direction and (packet[0] >> 4 == 6) == v6]
+        known = self._known(1 - direction, v6=v6)
         if known and chance.random() < 0.7:
             packet = chance.choice(known)
         else:
             packet = (self._ipv6 if v6 else self._ipv4)(1 - direction, inner=True)
         return packet[: chance.choice([200, 200, 68, 48, 28, 40, 20])]
+
+    def _known(self, way: int, *, v6: bool) -> list[bytes]:
+        """What went this way just now."""
+        return [packet for direction, packet in self._recent if direction == way and (packet[0] >> 4 == 6) == v6]
 
     def _options(self) -> bytes:
         chance = self.chance

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .reference_remap import Remapping
+from .reference_spoof import ZERO, Identity
 from .rules import decides
-from .segments import Malformed, Packet, is_link_local, options_name, parse
+from .segments import Malformed, Packet, is_link_local, parse
 
 FROM, TO = 0, 1
 NONE, SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE, SYN_SENT2 = range(10)
@@ -21,7 +23,6 @@ NEW, REPLIED_STATE = 16, 17
 REPLIED, ASSURED, INBOUND, LEARNED = 1, 2, 4, 8
 TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58
 FIN, SYN, RST, ACK = 1, 2, 4, 16
-ZERO = bytes(16)
 
 # net/netfilter/nf_conntrack_proto_tcp.c, tcp_conntracks: a row a segment, a column a state. i: ignored, -: invalid
 _COLUMNS = {"n": NONE, "s": SYN_SENT, "r": SYN_RECV, "e": ESTABLISHED, "f": FIN_WAIT, "c": CLOSE_WAIT, "l": LAST_ACK}
@@ -70,6 +71,7 @@ class Setting:
     trunk: frozenset[int] = frozenset()
     learned_max: int = 16
     known_macs: frozenset[bytes] = frozenset()  # behind other ports of the network
+    remaps: Sequence[Sequence[Mapping[str, Any]]] = ((),)  # each a list of rules, of which the port has one at a time
 
 
 class Reference:
@@ -88,38 +90,54 @@ class Reference:
         self.learned: set[tuple[bool, bytes]] = set()  # in the network of tagged frames?, MAC
         self.passed = [0, 0]
         self.passed_bytes = [0, 0]
+        self.remap(0)
+
+    def remap(self, number: int) -> None:
+        """The port has these remap rules from now on."""
+        self.remapping = Remapping(self.setting.remaps[number], self.setting.mac)
+        self._identity = Identity(self.setting.mac, self.setting.addresses, self.remapping.outside)
 
     # ---- the two ways ----
 
     def from_guest(self, frame: bytes, gso_size: int = 0) -> tuple[str, bytes]:
         """The reason, and the frame as it goes on: its tag is taken off (IEEE 802.1Q)."""
+        reason, frame, tagged = self._untagged(frame)
+        return (reason, frame) if reason else self._from_guest(frame, gso_size, tagged=tagged)
+
+    def from_switch(self, frame: bytes) -> tuple[str, bytes]:
+        """What the switch says in the guest's stead, to one whom it told so: nobody has to judge it."""
+        reason, frame, tagged = self._untagged(frame)
+        if not reason:
+            reason, frame = self.remapping.outward(frame, parse(frame, FROM))
+        return reason or self._forward(frame[:6], tagged=tagged), frame
+
+    def _untagged(self, frame: bytes) -> tuple[str, bytes, bool]:
         kind, vid = frame[12:14], 0
         if kind == b"\x88\xa8":
-            return "vlan", frame
+            return "vlan", frame, False
         if kind == b"\x81\x00":
             if len(frame) < 18 or frame[16:18] in (b"\x81\x00", b"\x88\xa8"):
-                return "vlan", frame
+                return "vlan", frame, False
             vid = int.from_bytes(frame[14:16]) & 0xFFF
             frame = frame[:12] + frame[16:]
-        if vid and vid not in self.setting.trunk:
-            return "vlan", frame
-        reason = self._from_guest(frame, gso_size, tagged=bool(vid))
-        return reason, frame
+        return ("vlan" if vid and vid not in self.setting.trunk else ""), frame, bool(vid)
 
-    def _from_guest(self, frame: bytes, gso_size: int, *, tagged: bool) -> str:
+    def _from_guest(self, frame: bytes, gso_size: int, *, tagged: bool) -> tuple[str, bytes]:
         try:
             packet = self.packet = parse(frame, FROM, gso_size)
         except Malformed:
-            return "malformed"
-        source, target = frame[6:12], frame[:6]
-        reason = self._spoofed(packet, source) if self.setting.antispoof else ""
+            return "malformed", frame
+        source = frame[6:12]
+        reason = self._identity.spoofed(packet, source) if self.setting.antispoof else ""
         reason = reason or ("spoof-mac" if source[0] & 1 else "") or self._judge(packet, FROM)
         if not reason and source != self.setting.mac:
             reason = self._learn(source, tagged=tagged)
+        if not reason:
+            reason, frame = self.remapping.outward(frame, packet)
         if reason:
-            return reason
+            return reason, frame
         self._count(packet, FROM)
-        return self._forward(target, tagged=tagged)
+        return self._forward(frame[:6], tagged=tagged), frame
 
     def _forward(self, target: bytes, *, tagged: bool) -> str:
         if target[:5] == b"\x01\x80\xc2\x00\x00" and target[5] < 0x10:  # 802.1Q, 8.6.3: not beyond a bridge
@@ -129,9 +147,13 @@ class Reference:
 
     def to_guest(self, frame: bytes, gso_size: int = 0) -> tuple[str, bytes]:
         try:
-            packet = self.packet = parse(frame, TO, gso_size, tags=1)
+            packet = parse(frame, TO, gso_size, tags=1)
         except Malformed:
             return "malformed", frame
+        reason, frame = self.remapping.inward(frame, packet)
+        if reason:
+            return reason, frame
+        packet = self.packet = parse(frame, TO, gso_size, tags=1)
         reason = self._judge(packet, TO)
         if not reason:
             self._count(packet, TO)
@@ -149,64 +171,6 @@ class Reference:
             return "learn-limit"
         self.learned.add((tagged, source))
         return ""
-
-    # ---- who the guest may be ----
-
-    def _owned(self, address: bytes) -> bool:
-        return address in self.setting.addresses
-
-    def _own_link_local(self, address: bytes) -> bool:
-        """Guests make theirs up (RFC 7217), unless the port's addresses name one."""
-        named = any(is_link_local(own) for own in self.setting.addresses)
-        return is_link_local(address) and (self._owned(address) or not named)
-
-    def _spoofed(self, packet: Packet, source: bytes) -> str:
-        if source != self.setting.mac:
-            return "spoof-mac"
-        if _serves_dhcp(packet):
-            return "spoof-address"
-        if packet.family == 4:
-            return self._spoofed4(packet)
-        if packet.family == 6:
-            return self._spoofed6(packet, source)
-        return self._spoofed_arp(packet, source) if packet.arp is not None else ""
-
-    def _spoofed4(self, packet: Packet) -> str:
-        dhcp = (packet.proto, packet.lport, packet.rport, packet.part) == (UDP, 68, 67, "whole")  # RFC 2131
-        unset = packet.laddr[12:] == bytes(4)
-        return "" if self._owned(packet.laddr) or (unset and dhcp) else "spoof-address"
-
-    def _spoofed6(self, packet: Packet, source: bytes) -> str:
-        kind = packet.icmp_type if packet.proto == ICMPV6 and packet.part != "later" else -1
-        if packet.laddr == ZERO:  # RFC 4862 (probes), RFC 4861 (6.3.7), RFC 3590 and RFC 3810 (5.2.13)
-            first_type = packet.icmp_type if packet.proto == ICMPV6 else -1
-            if first_type not in (131, 132, 133, 135, 143):
-                return "spoof-address"
-        elif not self._own_link_local(packet.laddr) and not self._owned(packet.laddr):
-            return "spoof-address"
-        return self._spoofed_nd(packet, source, probe=packet.laddr == ZERO) if 133 <= kind <= 137 else ""
-
-    def _spoofed_nd(self, packet: Packet, source: bytes, *, probe: bool) -> str:
-        kind, body = packet.icmp_type, packet.payload
-        if packet.part != "whole" or kind in (134, 137):  # RFC 6980; RFC 6105: a guest is no router
-            return "spoof-nd"
-        if kind == 133:
-            return "" if options_name(body[8:], source) else "spoof-nd"
-        if packet.hops != 255 or len(body) < 24:  # RFC 4861, 7.1
-            return "spoof-nd"
-        target = body[8:24]
-        claims = kind == 136 or probe
-        if claims and not self._own_link_local(target) and not self._owned(target):
-            return "spoof-nd"
-        return "" if options_name(body[24:], source) else "spoof-nd"
-
-    def _spoofed_arp(self, packet: Packet, source: bytes) -> str:
-        """RFC 826 and RFC 903; a probe (RFC 5227) has no sender address."""
-        body = packet.arp or b""
-        if len(body) < 28 or body[:6] != b"\0\1\x08\0\6\4" or body[8:14] != source:
-            return "spoof-arp"
-        sender = body[14:18]
-        return "" if sender == bytes(4) or self._owned(bytes(10) + b"\xff\xff" + sender) else "spoof-arp"
 
     # ---- connections ----
 
@@ -253,7 +217,7 @@ class Reference:
     def _related(self, packet: Packet, direction: int) -> str:
         """RFC 792, RFC 4443, RFC 5927: about a packet that the receiver of the error did send."""
         inner = packet.inner(1 - direction)
-        if inner is None or inner.key not in self.table:
+        if inner is None or (inner.proto in (ICMP, ICMPV6) and not inner.query) or inner.key not in self.table:
             return "ct-invalid"
         same = inner.laddr == packet.laddr if direction == TO else inner.raddr == packet.raddr
         return "" if same else "ct-invalid"
@@ -371,12 +335,6 @@ def _is_discovery(packet: Packet, direction: int) -> bool:
     if packet.icmp_type in (134, 137):
         return packet.hops == 255 and direction == TO
     return packet.icmp_type in (133, 135, 136) and packet.hops == 255  # RFC 4861
-
-
-def _serves_dhcp(packet: Packet) -> bool:
-    """RFC 7610: what a guest says as a server would go past the policies of others."""
-    ports = {4: (67, 68), 6: (547, 546)}.get(packet.family)
-    return packet.proto == UDP and packet.part != "later" and (packet.lport, packet.rport) == ports
 
 
 def _is_dhcp_answer(packet: Packet, direction: int) -> bool:

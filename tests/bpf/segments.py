@@ -41,6 +41,8 @@ class Packet:
     payload: bytes = b""  # from the transport header on, to the frame's end
     header_bytes: int = 0  # of network and transport headers
     network_at: int = 14
+    transport_at: int = 0  # from the IP header on
+    ethertype: int = 0  # behind tags
     ip_bytes: int = 0
     wire_packets: int = 1
     wire_bytes: int = 0
@@ -69,14 +71,14 @@ class Packet:
     def inner(self, direction: int) -> Packet | None:
         """The packet that an ICMP error is about, which went in `direction`; None when it cannot be told."""
         inner = Packet()
-        rest = self.payload[8:]
+        rest = self.payload[8 : self.ip_bytes - self.transport_at]
         try:
             at = (_ipv4 if self.family == 4 else _ipv6)(inner, rest, direction, whole=False)
         except Malformed:
             return None
-        if inner.part == "later":
+        if inner.part == "later" or at > len(rest):
             return None
-        data = rest[at:]
+        inner.transport_at, data = at, rest[at:]
         if inner.proto in (TCP, UDP, ICMP, ICMPV6):
             if len(data) < 8:
                 return None
@@ -85,8 +87,6 @@ class Packet:
             else:
                 inner.icmp_type = data[0]
                 _query(inner, data, direction)
-                if not inner.query:
-                    return None
         return inner
 
 
@@ -101,7 +101,7 @@ def parse(frame: bytes, direction: int, gso_size: int = 0, tags: int = 0) -> Pac
     rest = frame[at:]
     if kind < 0x600 and rest[:2] == b"\xaa\xaa" and rest[3:6] in (bytes(3), b"\0\0\xf8"):
         raise Malformed  # a type behind SNAP (RFC 1042, IEEE 802.1H) is no way around those who look at types
-    packet.network_at = at
+    packet.network_at, packet.ethertype = at, kind
     packet.wire_bytes, packet.wire_frame_bytes = len(rest), len(frame)
     if kind in (0x0806, 0x8035):
         packet.arp = rest
@@ -113,7 +113,7 @@ def parse(frame: bytes, direction: int, gso_size: int = 0, tags: int = 0) -> Pac
     if packet.proto == (ICMPV6 if packet.family == 4 else ICMP):
         raise Malformed
     transport = 0
-    packet.payload = rest[start:]
+    packet.transport_at, packet.payload = start, rest[start:]
     if packet.part != "later":
         transport = _transport(packet, rest[start : packet.ip_bytes], direction)
     packet.header_bytes = start + transport

@@ -27,12 +27,24 @@ def beside(loaded_switch: Switch) -> Iterator[Beside]:
 
 
 def told(given: Scenario, said: str, seed: int) -> str:
-    frames = [f"  {one.direction} gso {one.gso_size} policy {one.policy} {one.frame.hex()}" for one in given.sent]
+    frames = [
+        f"  {one.direction} gso {one.gso_size} policy {one.policy} remap {one.remap} {one.frame.hex()}"
+        for one in given.sent
+    ]
     return "\n".join([f"seed {seed}: {said}", repr(given.setting), *frames])
+
+
+def agree(beside: Beside, batch: int, *, remapped: bool) -> None:
+    for seed in range(batch * SCENARIOS, (batch + 1) * SCENARIOS):
+        given = scenario(seed, FRAMES, remapped=remapped)
+        assert beside.differs(given) is None, told(*shortest(beside, given), seed)
 
 
 @pytest.mark.parametrize("batch", range(6))
 def test_switch_and_reference_agree(beside: Beside, batch: int) -> None:
-    for seed in range(batch * SCENARIOS, (batch + 1) * SCENARIOS):
-        given = scenario(seed, FRAMES)
-        assert beside.differs(given) is None, told(*shortest(beside, given), seed)
+    agree(beside, batch, remapped=False)
+
+
+@pytest.mark.parametrize("batch", range(4))
+def test_they_agree_on_remapped_addresses(beside: Beside, batch: int) -> None:
+    agree(beside, batch, remapped=True)
