@@ -19,7 +19,8 @@ from datapath.state.labels import LABEL_BITS, MARK_BITS, parse
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.end import Surroundings
 from migrator.errors import ConfigInvalid
-from migrator.watching.match import Filter, Match
+from migrator.watching.match import Filter
+from migrator.watching.wire import of_messages
 
 PIECE = 8192
 """Connections that are changed while nobody else has the VM's lane."""
@@ -34,8 +35,7 @@ class Relabelling:
             raise ConfigInvalid("neither a mark nor a label is given", hint="one as VALUE or VALUE/MASK")
         self._mark = _parsed("mark", request.mark, MARK_BITS)
         self._label = _parsed("label", request.label, LABEL_BITS)
-        matches = [Match(one.field, tuple(one.values), one.negated) for one in request.matches]
-        self._filter = Filter(CONNTRACK, matches)
+        self._filter = Filter(CONNTRACK, of_messages(request.matches))
         self.matched = 0
         self.changed = 0
 

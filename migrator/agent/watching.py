@@ -29,7 +29,8 @@ from migrator.errors import ConfigInvalid, ResourceExhausted
 from migrator.lifecycle import destination_words as coming
 from migrator.lifecycle import source_words as leaving
 from migrator.watching.compare import compare, joined
-from migrator.watching.match import Match, filters
+from migrator.watching.match import filters
+from migrator.watching.wire import of_messages
 
 WATCHERS_MAX = 32
 INTERVAL_S = 1.0
@@ -97,9 +98,8 @@ class Watching:
         interval = request.interval_s or INTERVAL_S
         if not INTERVAL_MIN_S <= interval <= INTERVAL_MAX_S:
             raise ConfigInvalid(f"interval: expected {INTERVAL_MIN_S:g} to {INTERVAL_MAX_S:g} s, not {interval:g}")
-        matches = [Match(one.field, tuple(one.values), one.negated) for one in request.matches]
         vms, macs = frozenset(request.vms), frozenset(request.macs)
-        return Watcher(filters(kinds, matches), vms, macs, interval)
+        return Watcher(filters(kinds, of_messages(request.matches)), vms, macs, interval)
 
     def _begin(self, watcher: Watcher) -> None:
         for vm in self._vms.values():

@@ -14,6 +14,7 @@ from migrator.cli.local import dump, find_ports
 from migrator.inspect import rows
 from migrator.table import print_json
 from migrator.watching.match import fields, parse
+from migrator.watching.wire import to_messages
 
 _KIND = KINDS["conntrack"]
 
@@ -72,7 +73,7 @@ def set_label(context: Context, word: str, mark: str, label: str, matches: Seque
             pb.RelabelRequest(
                 vm=port.vm,
                 mac="" if whole else port.mac,
-                matches=[pb.FieldMatch(field=one.field, values=one.values, negated=one.negated) for one in wanted],
+                matches=to_messages(wanted),
                 mark=mark,
                 label=label,
             )

@@ -19,6 +19,7 @@ from migrator.cli.objects import SORTS, objects
 from migrator.cli.reacting import Reaction, Told, command
 from migrator.watching.match import fields, filters, parse, shown
 from migrator.watching.view import OPS, Change
+from migrator.watching.wire import to_messages
 
 ALL = "all"
 LOST = "lost"
@@ -145,7 +146,7 @@ def _state(context: Context, options: dict[str, Any]) -> Iterator[Told]:
     request = pb.StateRequest(
         kinds=kinds,
         macs=[mac] if mac else [],
-        matches=[pb.FieldMatch(field=one.field, values=one.values, negated=one.negated) for one in matches],
+        matches=to_messages(matches),
         interval_s=options["interval"],
     )
     if options["here"] and options["vm"]:
