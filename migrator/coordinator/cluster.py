@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import structlog
 from prometheus_client import Gauge
@@ -15,6 +15,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.change import Planned, plan_apply, plan_removal
 from migrator.coordinator.declare import Declarations, refuse_foreign, refuse_foreign_removal
 from migrator.coordinator.fanout import Fanout
+from migrator.coordinator.held import unread_fields
 from migrator.coordinator.journal import Batch, Entry, Journal, Write
 from migrator.coordinator.migrations import Migrations
 from migrator.coordinator.places import Acknowledgements
@@ -167,9 +168,29 @@ class Cluster:
         )
 
     def _start_sync(self, session: Session, common: pb.Sync) -> None:
-        ports = (port for port in self.store.catalog.ports.values() if port.host == session.host)
-        answer = session.ask_sync(common, (self.store.catalog.order(port) for port in ports))
+        ports = [port for port in self.store.catalog.ports.values() if port.host == session.host]
+        answer = session.ask_sync(common, map(self.store.catalog.order, self._readable(session.host, ports)))
         answer.add_done_callback(lambda reply: self._synced(session, common.revision, reply))
+
+    def _readable(self, host: str, ports: Iterable[pb.Port]) -> list[pb.Port]:
+        """Those whose rules the agent of a host reads as they are: an older one, that came in place of another, opens
+        no port wider than it is declared. What it has of the others stays as it is."""
+        catalog = self.store.catalog
+        there, unread = catalog.hosts.get(host), dict[str, list[str]]()
+        found = []
+        for port in ports:
+            if port.policy not in unread:
+                unread[port.policy] = unread_fields(there, catalog.policies.get(port.policy))
+                if unread[port.policy]:
+                    log.warning(
+                        "ports not ordered: the agent does not know all that their rules say",
+                        host=host,
+                        policy=port.policy,
+                        fields=unread[port.policy],
+                    )
+            if not unread[port.policy]:
+                found.append(port)
+        return found
 
     def _synced(self, session: Session, revision: int, reply: asyncio.Future[pb.Reply]) -> None:
         if reply.cancelled() or reply.exception() is not None:
@@ -249,9 +270,11 @@ class Cluster:
         places = (entry.name for entry in entries if entry.sort == "place" and entry.body is not None)
         self._fanout.tell(catalog.places[name] for name in places)
         for port in catalog.ports_touched(entries):
-            self.roster.send(port.host, port=catalog.order(port))
+            if self._readable(port.host, [port]):
+                self.roster.send(port.host, port=catalog.order(port))
             for host, epoch in self.migrations.instances_of(port.vm):
-                self.roster.send(host, port=catalog.order(port, host=host, epoch=epoch))
+                if self._readable(host, [port]):
+                    self.roster.send(host, port=catalog.order(port, host=host, epoch=epoch))
 
     # ---- what operators see ----
 

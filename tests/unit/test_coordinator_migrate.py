@@ -16,7 +16,7 @@ from migrator.coordinator.rpc import received
 from migrator.coordinator.running import Agreed, Running
 from migrator.errors import AlreadyMigrating, ConfigInvalid, MigrationNotFound, PreflightFailed
 from migrator.lifecycle import coordinator as machine
-from tests.unit.scripted import DEADLINE_S, MAC, VM, Agent, Bench
+from tests.unit.scripted import DEADLINE_S, MAC, VM, Agent, Bench, configuration, source
 
 AGREED = Agreed("m", VM, "h1", "h2", 2, 1, "", False, False, False, 1.0, 1)
 
@@ -314,6 +314,33 @@ def test_what_was_declared_just_before_counts_though_the_source_has_not_got_it_y
         bench.cluster.store.catalog.hosts["h2"].kinds.update({"acl": 2, "window": 1})
         await bench.begin_migration()
         assert await b.hear("prepare")
+
+    run(tmp_path, scenario)
+
+
+def test_an_agent_that_is_replaced_by_an_older_one_gets_no_rules_that_it_would_read_as_wider(tmp_path: Path) -> None:
+    """Not when it attaches, nor with a change of what the rules name; its other ports it gets."""
+    office = pb.AddressSet(name="office", prefixes=["198.51.100.0/24"])
+
+    async def scenario(bench: Bench) -> None:
+        first = source("h1")
+        first.hello.kinds["acl"] = 2
+        await bench.attach(first)
+        wanted = configuration()
+        wanted.policies[0].rules.append(NARROW)
+        wanted.ports.add().CopyFrom(wanted.ports[0])
+        wanted.ports[1].mac, wanted.ports[1].policy = "52:54:00:12:34:57", ""
+        await bench.stub.Apply(pb.ApplyRequest(config=wanted))
+        await first.hear("port", 2)
+        older, newer = source("h1"), source("h1")
+        older.hello.kinds["acl"], newer.hello.kinds["acl"] = 1, 2
+        await bench.attach(older)
+        assert [order.port.mac for order in older.last("sync").ports] == [wanted.ports[1].mac]
+        await bench.stub.Apply(pb.ApplyRequest(config=pb.Config(address_sets=[office])))
+        assert (await bench.stub.Hosts(pb.Empty())).hosts  # a round trip after the change
+        assert "port" not in older.names()
+        await bench.attach(newer)
+        assert {order.port.mac for order in newer.last("sync").ports} == {port.mac for port in wanted.ports}
 
     run(tmp_path, scenario)
 
