@@ -47,11 +47,19 @@ int ct_read(struct ct_batch *context)
 	return batch_run(context, read_one, 0);
 }
 
+static __always_inline void settle_carried(struct ct_entry *entry, const struct ct_entry *counted)
+{
+	for (int i = 0; i < 2; i++) {
+		WRITE_ONCE(entry->carried_packets[i], counted->carried_packets[i]);
+		WRITE_ONCE(entry->carried_bytes[i], counted->carried_bytes[i]);
+	}
+}
+
 static long settle_one(__u32 index, struct batch *batch)
 {
 	struct exchange *element = exchange_at(index);
-	struct ct_entry *entry;
-	__u64 seen, old;
+	struct ct_entry *entry, none = {};
+	__u64 seen, old, word;
 
 	if (!element)
 		return 1;
@@ -59,9 +67,14 @@ static long settle_one(__u32 index, struct batch *batch)
 	element->found = entry && READ_ONCE(entry->id) == element->entry.id;
 	if (!entry || !element->found)
 		return 0;
-	for (int i = 0; i < 2; i++) {
-		WRITE_ONCE(entry->carried_packets[i], element->entry.carried_packets[i]);
-		WRITE_ONCE(entry->carried_bytes[i], element->entry.carried_bytes[i]);
+	settle_carried(entry, &element->entry);
+	word = __sync_fetch_and_or(&entry->word, 0); /* a full barrier */
+	element->found = READ_ONCE(entry->id) == element->entry.id;
+	if (!element->found) /* another's by now, that no host has counted before */
+		settle_carried(entry, &none);
+	if (!element->found || CT_FLAGS(word) & CT_F_DEAD) { /* its last counts may have been taken before */
+		element->found = 0;
+		return 0;
 	}
 	seen = element->entry.seen;
 	for (int i = 0; i < 8; i++) { /* programs only raise it: one who loses eight times has lost to later packets */
@@ -76,7 +89,7 @@ static long settle_one(__u32 index, struct batch *batch)
 /*
  * struct ct_batch. Assigns the source's accounting: for each of the first `count` elements of `exchange`, carried_* of
  * `entry` and, if later, its `seen` (in this port's time) go to the entry of `key` with the same `id`. Where there is
- * none (the connection has ended), `found` is 0 and the caller keeps the amount in the port's total. Assigning twice
+ * none, or it is being ended, `found` is 0 and the caller keeps the amount in the port's total. Assigning twice
  * does no harm. The port is ACTIVE and UNSETTLED: expiry deletes nothing meanwhile.
  */
 SEC("syscall")

@@ -117,6 +117,16 @@ def test_settle_knows_connections_by_their_id(ports: Ports, exchange: Any) -> No
     assert list(port.entry(there).carried_packets) == [5, 5]
 
 
+def test_settle_says_of_what_is_being_ended_that_it_is_not_there(ports: Ports, exchange: Any) -> None:
+    """Its last counts may have been handed over without what is assigned now."""
+    port = ports(BOTH)
+    key = port.key(TCP)
+    port.put(key, MODEL.CT_ESTABLISHED, MODEL.CT_F_DEAD, id=0x8)
+    place(exchange[0], key, id=0x8, carried_packets=(5, 5))
+    assert call(port, "ct_settle", 1) == (0, 0)
+    assert exchange[0].found == 0
+
+
 def test_what_was_carried_ends_with_the_connection(ports: Ports, exchange: Any) -> None:
     port = ports(BOTH)
     key = port.key(TCP)

@@ -61,3 +61,17 @@ def _emptied(host: Host) -> None:
 @pytest.fixture
 def driver(host: Host) -> Driver:
     return host.driver
+
+
+@pytest.fixture
+def ebpf(switches: Callable[[str], Host]) -> Iterator[Host]:
+    """A host with a started ebpf driver and no port, which the test's thread is in."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root for network namespaces and bpf(2)")
+    made = switches("ebpf")
+    with inside(made):
+        try:
+            yield made
+        finally:
+            made.empty()
+    assert {sort: names for sort, names in made.driver.remains().items() if names} == {}

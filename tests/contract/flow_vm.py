@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import select
 import socket
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from pyroute2 import IPRoute
 
 from datapath.drivers.ebpf import conntrack, layout
 from datapath.drivers.ebpf.driver import EbpfDriver
@@ -23,6 +27,8 @@ from datapath.state.kind import Op, Table
 from tests.contract.hosts import Host
 
 CHANNEL = 4711
+POINTS = ("copied", "quiesced", "committed", "opened", "accounting", "accounted", "settled")
+"""Of a move; "accounting": after each table of it."""
 TEMPLATE_SETS = {0, 2}
 PACKETS, BYTES = 2, 1  # information elements
 
@@ -110,15 +116,16 @@ class Vm:
         assert isinstance(self.driver, EbpfDriver) and self.driver._running is not None
         return self.driver._running.words.clock(self.instance().slot)
 
-    def begin(self, count: int) -> None:
-        numbers = np.arange(self._next, self._next + count, dtype="<u8")
-        self._next += count
+    def begin(self, count: int, *, again: bool = False) -> None:
+        """Some connections begin and count; `again`: between the same ends as the last that did."""
+        self._next += 0 if again else count
+        numbers = np.arange(self._next - count, self._next, dtype="<u8")
         keys = np.zeros(count, layout.CT_KEY)
         keys["laddr"][:, 2], keys["laddr"][:, 3] = 0xFFFF, 0x0A000005
         keys["raddr"][:, 2], keys["raddr"][:, 3] = 0xFFFF, 0x0B000000 + numbers
         keys["lport"], keys["rport"], keys["proto"] = 443, 50_000, 6
         entries = np.zeros(count, layout.CT_ENTRY)
-        entries["id"] = numbers << np.uint64(20) | numbers
+        entries["id"] = numbers << np.uint64(20) | numbers | np.uint64(again) << np.uint64(50)
         entries["word"] = (entries["id"] & np.uint64(0xFFFFFFFF)) << np.uint64(32) | np.uint64(3)
         entries["began"] = entries["seen"] = self.clock()
         instance = self.instance()
@@ -167,30 +174,79 @@ class Vm:
         self.end(0.2)
         self.begin(5)
 
-    def move(self, between: Callable[[], None], **changes: Any) -> None:
+    def move(
+        self,
+        between: Callable[[], None],
+        at: Callable[[str], None] = lambda _: None,
+        *,
+        drained: bool = True,
+        filled: bool = False,
+        epoch: int = 0,
+        **changes: Any,
+    ) -> None:
         """To another instance; `between` happens before the pause, and after it before the accounting has come.
-        `changes`: of the port's record there."""
-        source, driver = self.ref, self.driver
-        target = self.host.stage(epoch=source.epoch + 1, **changes)
-        driver.accept_redirect(target, CHANNEL + target.epoch, "there")
-        driver.track(source)
+
+        `at` is called at POINTS. Not `drained`: the port opens without the last changes; `filled`: what it lacks comes
+        then. `epoch`: of the instance, else the next; `changes`: of the port's record there.
+        """
+        source = self.ref
+        target = self.host.stage(epoch=epoch or source.epoch + 1, **changes)
+        self.driver.accept_redirect(target, CHANNEL + target.epoch, "there")
+        self.driver.track(source)
         for kind in ("flow_export", "conntrack"):
-            for table in driver.dump(source, kind):
-                driver.load(target, table)
+            for table in self.driver.dump(source, kind):
+                self.driver.load(target, table)
         between()
-        driver.quiesce(source)
-        for table in driver.drain(source):
-            driver.load(target, table)
-        driver.commit(target)
-        driver.open(target)
+        at("copied")
+        self.driver.quiesce(source)
+        at("quiesced")
+        for table in self.driver.drain(source) if drained else ():
+            self.driver.load(target, table)
+        self.driver.commit(target)
+        at("committed")
+        self.driver.open(target)
         self.ref = target
+        at("opened")
         between()
-        for table in driver.settle(source):
-            driver.load(target, table)
+        for table in self.driver.dump(source, "conntrack") if filled else ():
+            self.driver.load(target, replace(table, op=Op.FILL))
+        for table in list(self.driver.settle(source)):
+            self.driver.load(target, table)
+            at("accounting")
         between()
-        driver.settled(target)
-        driver.purge(source)
+        at("accounted")
+        self.driver.settled(target)
+        at("settled")
+        self.driver.purge(source)
 
 
 def _live(entries: Any) -> Any:
     return conntrack.flags(entries) & (C.CT_F_DYING | C.CT_F_DEAD) == 0
+
+
+@contextlib.contextmanager
+def collector() -> Iterator[Collector]:
+    """One at the loopback address of this thread's namespace."""
+    loopback_up()
+    made = Collector()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def loopback_up() -> None:
+    with IPRoute() as route:
+        route.link("set", index=route.link_lookup(ifname="lo")[0], state="up")
+
+
+def wait(true: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end, what
+        pause(0.05)
+
+
+def pause(seconds: float) -> None:
+    """Time, in which the exporter does what is due."""
+    select.select([], [], [], seconds)

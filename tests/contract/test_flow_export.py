@@ -4,12 +4,9 @@ add up what was counted. Connections begin and count in the table itself, as pro
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import select
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +16,10 @@ from datapath.drivers.ebpf.driver import EbpfDriver
 from datapath.drivers.ebpf.flow_export import FlowExport
 from datapath.state.flow_export import FlowExportDocument
 from datapath.state.kind import Op, Table
-from tests.contract.flow_vm import Collector, Vm
-from tests.contract.hosts import Host, ebpf_host, inside
+from tests.contract.flow_vm import Collector, Vm, loopback_up, pause, wait
+from tests.contract.hosts import Host, ebpf_host
 from tests.killed_exporter import AFTER, BEFORE, killed
 from tests.netns.flow_collectors import Collectors
-
-
-@pytest.fixture
-def ebpf(switches: Callable[[str], Host]) -> Iterator[Host]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root for network namespaces and bpf(2)")
-    made = switches("ebpf")
-    with inside(made):
-        try:
-            yield made
-        finally:
-            made.empty()
-    assert {sort: names for sort, names in made.driver.remains().items() if names} == {}
-
 
 pytestmark = pytest.mark.root
 
@@ -46,7 +29,7 @@ def test_any_order_is_told_exactly(ebpf: Host, version: str) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     random.seed(seed)
-    _loopback_up()
+    loopback_up()
     made = Collector()
     try:
         vm = Vm(ebpf, collectors=[made.endpoint], version=version)
@@ -55,7 +38,7 @@ def test_any_order_is_told_exactly(ebpf: Host, version: str) -> None:
             lambda: vm.count(0.5),
             lambda: vm.end(0.3),
             lambda: vm.expire(0.3),
-            lambda: _pass(random.random() * 0.3),
+            lambda: pause(random.random() * 0.3),
         ]
         for number in range(24):
             random.choice(steps)()
@@ -77,7 +60,7 @@ def test_an_agent_that_is_killed_in_a_datagram_tells_nothing_twice(ebpf: Host, v
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     random.seed(seed)
-    _loopback_up()
+    loopback_up()
     made = Collector()
     try:
         vm = Vm(ebpf, collectors=[made.endpoint], version=version)
@@ -104,14 +87,14 @@ def test_an_agent_that_is_killed_in_a_datagram_tells_nothing_twice(ebpf: Host, v
 @pytest.mark.parametrize("version", ["netflow", "ipfix"])
 def test_collectors_that_others_wrote_agree(ebpf: Host, tmp_path: Path, version: str) -> None:
     """nfcapd and nfacctd over three moves: the same sums each way, no gap in the sequence; tshark reads all."""
-    _loopback_up()
+    loopback_up()
     collectors = Collectors(tmp_path, "127.0.0.1")
     with collectors.running():
         document = {"version": version, "collectors": collectors.endpoints, "source": "198.18.0.77", "domain": 4711}
         vm = Vm(ebpf, **document, template_refresh_s=1)
         for _ in range(3):
             vm.begin(30)
-            _pass(0.6)
+            pause(0.6)
             vm.move(vm.stir)
         vm.count(0.5)
         vm.driver.purge(vm.ref)
@@ -127,12 +110,12 @@ def test_maps_of_another_size_are_taken_over() -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root for network namespaces and bpf(2)")
     with ebpf_host() as host:
-        _loopback_up()
+        loopback_up()
         made = Collector()
         try:
             vm = Vm(host, collectors=[made.endpoint], version="netflow")
             vm.begin(40)
-            _wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
+            wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
             vm.count(0.5)
             vm.begin(10)
             vm.end(0.4)
@@ -152,7 +135,7 @@ def test_maps_of_another_size_are_taken_over() -> None:
 
 def test_a_port_that_may_have_more_connections(ebpf: Host) -> None:
     """What is reported is known of all of them."""
-    _loopback_up()
+    loopback_up()
     made = Collector()
     try:
         vm = Vm(ebpf, collectors=[made.endpoint])
@@ -160,12 +143,12 @@ def test_a_port_that_may_have_more_connections(ebpf: Host) -> None:
         vm.driver.load(vm.ref, Table("flow_export", Op.DELETE, records=[{"name": "flows"}]))
         vm.driver.load(vm.ref, Table("flow_export", records=FlowExportDocument(**vm.document).records()))
         vm.begin(90)
-        _wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
+        wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
         vm.driver.update(vm.ref, ebpf.record(connections_max=1000))
         vm.begin(800)
         for _ in range(2):
             vm.count(0.5)
-            _wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
+            wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
         vm.driver.purge(vm.ref)
         assert made.sums() == (vm.packets, vm.bytes)
     finally:
@@ -185,47 +168,17 @@ def test_a_collector_that_cannot_be_reached_is_an_obstacle(ebpf: Host) -> None:
 
 def test_what_no_collector_takes_is_told_later(ebpf: Host) -> None:
     """No route: nothing is marked as reported, and errors are counted."""
-    _loopback_up()
+    loopback_up()
     made = Collector()
     try:
         vm = Vm(ebpf, collectors=["203.0.113.9:2055"])
         vm.begin(20)
         vm.end(0.5)
-        _wait(lambda: _record(vm)["errors"] > 0, "an error is counted")
+        wait(lambda: _record(vm)["errors"] > 0, "an error is counted")
         assert _record(vm)["records"] == 0
         later = FlowExportDocument(**{**vm.document, "collectors": [made.endpoint]}).records()
         vm.driver.load(vm.ref, Table("flow_export", records=later))
-        _wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
-    finally:
-        made.close()
-
-
-def test_what_had_expired_at_the_pause_is_told(ebpf: Host) -> None:
-    """A sweep had found connections too old, the next one would have ended them. They do not move, what they counted
-    does."""
-    with _collector() as made:
-        vm = Vm(ebpf, collectors=[made.endpoint])
-        vm.begin(40)
-        vm.move(lambda: vm.expire(0.5))
-        vm.driver.purge(vm.ref)
-        assert made.sums() == (vm.packets, vm.bytes)
-
-
-def test_what_the_destination_has_no_room_for_is_told(ebpf: Host) -> None:
-    with _collector() as made:
-        vm = Vm(ebpf, collectors=[made.endpoint])
-        vm.begin(40)
-        vm.move(lambda: vm.count(0.5), connections_max=30)
-        vm.driver.purge(vm.ref)
-        assert made.sums() == (vm.packets, vm.bytes)
-
-
-@contextlib.contextmanager
-def _collector() -> Iterator[Collector]:
-    _loopback_up()
-    made = Collector()
-    try:
-        yield made
+        wait(lambda: made.sums() == (vm.packets, vm.bytes), "all is reported")
     finally:
         made.close()
 
@@ -259,22 +212,3 @@ def _assert_continuous(made: Collector, version: str) -> None:
     else:
         assert made.heads[0][3] == 0 and [head[3] for head in made.heads] == sorted({head[3] for head in made.heads})
         assert len({head[4] for head in made.heads}) == 1
-
-
-def _pass(seconds: float) -> None:
-    """Time, in which the exporter does what is due."""
-    select.select([], [], [], seconds)
-
-
-def _loopback_up() -> None:
-    from pyroute2 import IPRoute
-
-    with IPRoute() as route:
-        route.link("set", index=route.link_lookup(ifname="lo")[0], state="up")
-
-
-def _wait(true: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end, what
-        _pass(0.05)

@@ -180,18 +180,31 @@ class Connections:
             columns = conntrack.columns(keys, entries, clock)
             yield self._table({name: columns[name] for name in conntrack.ACCOUNT_COLUMNS}, clock, Op.ACCOUNT)
 
-    def account(self, instance: Instance, table: Table) -> tuple[Loaded, Ended]:
-        """Assign what the source counted. Returns what could not be assigned because the connection is not here."""
+    def account(self, instance: Instance, table: Table, *, assign: bool = True) -> tuple[Loaded, Ended]:
+        """Assign what the source counted, if at all. Returns what could not be because the connection is not here."""
         columns = _account_columns(table)
         keys = conntrack.keys(columns)
         entries = conntrack.entries(columns, table.port_time_ns + conntrack.ORIGIN_NS)
+        settled = (self.assign if assign else self._are_here)(instance, keys, entries)
+        ended = Ended(keys[~settled], entries[~settled])
+        reasons = ((ENDED, len(ended)),) if len(ended) else ()
+        return Loaded(len(keys) - len(ended), reasons), ended
+
+    def assign(self, instance: Instance, keys: Keys, entries: Entries) -> NDArray[np.bool_]:
+        """carried_* of connections that are here with their id. Returns which are."""
         settled = np.zeros(len(keys), bool)
         for at in range(0, len(keys), self._room):
             part = slice(at, at + self._room)
             settled[part] = self._settle(instance, keys[part], entries[part])
-        ended = Ended(keys[~settled], entries[~settled])
-        reasons = ((ENDED, len(ended)),) if len(ended) else ()
-        return Loaded(len(keys) - len(ended), reasons), ended
+        return settled
+
+    def _are_here(self, instance: Instance, keys: Keys, entries: Entries) -> NDArray[np.bool_]:
+        here = np.zeros(len(keys), bool)
+        for at in range(0, len(keys), self._room):
+            part = slice(at, at + self._room)
+            found, there = self._read(instance.slot, keys[part])
+            here[part] = found & (there["id"] == entries["id"][part])
+        return here
 
     def _settle(self, instance: Instance, keys: Keys, entries: Entries) -> NDArray[np.bool_]:
         if not self._words.running(instance.slot):

@@ -56,10 +56,12 @@ class Exporter:
 
     # ---- state ----
 
-    def may_report(self) -> bool:
-        """The guest runs here, and everything that hosts before counted and reported is known."""
+    def may_report(self, *, last: bool = False) -> bool:
+        """The guest runs here, and everything that hosts before counted and reported is known, or at the `last` never
+        will be: then what is told is what this host has counted."""
         word = self._words.word(self._slot)
-        return not self._stopped and word.state == C.PORT_ACTIVE and not word.flags & C.PORT_F_UNSETTLED
+        known = last or not word.flags & C.PORT_F_UNSETTLED
+        return not self._stopped and word.state == C.PORT_ACTIVE and known
 
     def stop(self) -> None:
         self._stopped = True

@@ -11,9 +11,12 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from datapath.drivers.ebpf import flow_columns
+import numpy as np
+
+from datapath.drivers.ebpf import flow_columns, flow_tables
 from datapath.drivers.ebpf.clock import barrier
 from datapath.drivers.ebpf.collectors import unreachable
 from datapath.drivers.ebpf.connections import Ended
@@ -23,6 +26,7 @@ from datapath.drivers.ebpf.flow_tables import FlowTables
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.kindtable import KindTable
 from datapath.drivers.ebpf.layout import C
+from datapath.drivers.ebpf.maps import Records
 from datapath.errors import DatapathError, LoadRejected
 from datapath.export.remainder import FORCED, due, has_left
 from datapath.provider import Loaded
@@ -157,22 +161,33 @@ class FlowExport(KindTable):
             yield Table(FLOWS.name, op, columns=columns, port_time_ns=max(clock - ORIGIN_NS, 0))
 
     def load_flows(self, instance: Instance, table: Table) -> Loaded:
-        """LOAD, DELETE, ACCOUNT. Once a port reports by itself it knows better: then nothing is done."""
+        """LOAD, DELETE, ACCOUNT. Once a port reports by itself it knows better: then nothing is done. Nor where it
+        ceased to."""
         columns = checked_columns(FLOWS, table)
         slot, words = instance.slot, self._parts.words
         with self._busy[slot]:
             if table.op is Op.DELETE:
                 self.tables.forget(slot, columns["id"])
                 return Loaded(len(table))
-            if self._knows_better(slot):
+            if self.closed(instance) or (words.running(slot) and slot not in self._exporters):
                 return Loaded(len(table))
             clock = table.port_time_ns + ORIGIN_NS
             if not words.running(slot):
                 words.advance_clock(slot, clock)
             self.tables.make(slot, instance.entry.record["connections_max"])
-            done = self.tables.load(slot, flow_columns.connections(columns, clock))
+            found = flow_columns.connections(columns, clock)
+            self._go_on(instance, found)
+            done = self.tables.load(slot, found)
         reasons = (("the table of flows that have ended is full", len(done.refused)),) if done.refused else ()
         return Loaded(len(table) - len(done.refused), reasons)
+
+    def _go_on(self, instance: Instance, found: Records) -> None:
+        """What ended elsewhere since it was copied, and nobody had said so when the port opened: it goes on here."""
+        over = np.flatnonzero(found["ended"])
+        if len(over) and self._parts.words.running(instance.slot):
+            keys, entries = flow_tables.keys_of(found[over]), flow_tables.entries_of(found[over])
+            lives = self._parts.connections.assign(instance, keys, entries)
+            found["ended"][over[lives]] = 0
 
     # ---- life ----
 
@@ -231,12 +246,21 @@ class FlowExport(KindTable):
     def late(self, instance: Instance, ended: Ended) -> None:
         """What hosts before had counted of connections that ended here before it was known, or did not come."""
         with self._busy[instance.slot]:
-            if not self._knows_better(instance.slot):
-                self.tables.late(instance.slot, ended)
+            self.tables.late(instance.slot, ended)
 
-    def _knows_better(self, slot: int) -> bool:
-        """The port reports by itself: what another host says again has its place here already."""
-        return self._parts.words.running(slot) and not self._parts.words.has(slot, C.PORT_F_UNSETTLED)
+    def without_ended(self, instance: Instance, table: Table) -> Table:
+        """Of connections those that have not ended here: what comes late begins none of them again."""
+        with self._busy[instance.slot]:
+            ended = self.tables.ended(instance.slot)
+        if not len(ended) or table.columns is None or "id" not in table.columns:
+            return table
+        rest = ~np.isin(table.columns["id"], ended)
+        return replace(table, columns={name: column[rest] for name, column in table.columns.items()})
+
+    def closed(self, instance: Instance) -> bool:
+        """The port reports by itself. What another host counted has come, or was taken as told."""
+        slot, words = instance.slot, self._parts.words
+        return slot in self._exporters and words.running(slot) and not words.has(slot, C.PORT_F_UNSETTLED)
 
     def _round(self, instance: Instance, *, everything: bool = False) -> None:
         with self._busy[instance.slot]:
@@ -245,7 +269,7 @@ class FlowExport(KindTable):
     def _report(self, instance: Instance, *, everything: bool) -> None:
         """Report what is due. A switchover waits for one datagram, not for the reading."""
         exporter = self._exporters.get(instance.slot)
-        if exporter is None or not exporter.may_report():
+        if exporter is None or not exporter.may_report(last=everything):
             return
         self.tables.fit(instance.slot, instance.entry.record["connections_max"])
         now = self._parts.words.clock(instance.slot)
@@ -256,12 +280,12 @@ class FlowExport(KindTable):
         told = (found["ended"] != 0) & (reasons == 0)
         for part, why in exporter.parts(found, reasons):
             with self._locks[instance.slot]:
-                if self._exporters.get(instance.slot) is not exporter or not exporter.may_report():
+                if self._exporters.get(instance.slot) is not exporter or not exporter.may_report(last=everything):
                     return
                 if not exporter.report(part, why, now):
                     return
         with self._locks[instance.slot]:
-            if exporter.may_report() and told.any():
+            if exporter.may_report(last=everything) and told.any():
                 self.tables.report(instance.slot, found[told])
 
 

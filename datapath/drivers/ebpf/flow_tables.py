@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapath.drivers.ebpf import conntrack, layout
+from datapath.drivers.ebpf.clock import barrier
 from datapath.drivers.ebpf.connections import Ended
 from datapath.drivers.ebpf.kernel import Kernel
 from datapath.drivers.ebpf.layout import C
@@ -135,8 +136,14 @@ class FlowTables:
             return
         told = _of(ended.keys, ended.entries)[ended.keys["type"] == C.CT_TYPE_CONNECTION]
         told["ended"] = FORCED
+        barrier()  # who was ending one of them has handed it over
         known = _assign(pair.ends, told)
-        pair.ends.load(ends_of(told[~known]), _entries(told[~known]))
+        pair.ends.load(ends_of(told[~known]), entries_of(told[~known]))
+
+    def ended(self, slot: int) -> NDArray[np.uint64]:
+        """Ids of connections that have ended and are not told to the end."""
+        pair = self.of(slot)
+        return np.zeros(0, np.uint64) if pair is None else pair.ends.keys()["id"]
 
     def room(self, slot: int) -> float:
         """Which part of the table of the ended is free."""
@@ -147,14 +154,16 @@ class FlowTables:
 def of(keys: Records, entries: Records, ends: Records | None, last: Records | None, *, stands: bool = False) -> Records:
     """CONNECTION of a table, and of those that have ended (`ends` with their `last` entries), which go before.
 
-    `stands`: nothing brings back what a sweep had found too old, and it goes to no other host: it has ended.
+    `stands`: what is absent to packets has ended, nothing brings it back and it goes to no other host: what a sweep had
+    found too old, and what somebody was about to end.
     """
-    lives = _lives(keys, entries)
+    absent = ~conntrack.live(entries)
+    lives = _whole(keys, entries) & (stands | (conntrack.flags(entries) & C.CT_F_DEAD == 0))
     if ends is not None:
         lives &= ~np.isin(entries["id"], ends["id"])
     found = _of(keys[lives], entries[lives])
     if stands:
-        found["ended"][conntrack.flags(entries[lives]) & C.CT_F_DYING != 0] = IDLE
+        found["ended"][absent[lives]] = IDLE
     if ends is None or last is None:
         return found
     return np.concatenate([found, _of(ends["key"], last, ends)])
@@ -176,11 +185,10 @@ def join(ids: Records, reports: Records, found: Records) -> None:
     found["tcp_flags"][known] |= _sides(mine["tcp_flags"])
 
 
-def _lives(keys: Records, entries: Records) -> NDArray[np.bool_]:
-    """Connections that were not being taken away, or renewed, while they were read."""
+def _whole(keys: Records, entries: Records) -> NDArray[np.bool_]:
+    """Connections that were not being renewed while they were read."""
     whole = entries["word"] >> np.uint64(32) == entries["id"] & np.uint64(0xFFFFFFFF)
-    dead = (conntrack.flags(entries) & C.CT_F_DEAD) != 0
-    found: NDArray[np.bool_] = whole & ~dead & (keys["type"] == C.CT_TYPE_CONNECTION)
+    found: NDArray[np.bool_] = whole & (keys["type"] == C.CT_TYPE_CONNECTION)
     return found
 
 
@@ -220,7 +228,7 @@ def _load_ended(ends: Table, over: Records) -> Batch:
     by_counts = keys[np.isin(keys["id"], over["id"]) & ~entries["packets"].any(axis=1)]
     fresh = over[~_assign(ends, over) | np.isin(over["id"], by_counts["id"])]
     made = ends_of(fresh)
-    done = ends.load(made, _entries(fresh))
+    done = ends.load(made, entries_of(fresh))
     if not done.refused:
         raw = f"V{ends.key.itemsize}"
         ends.delete_many(by_counts[~np.isin(by_counts.view(raw), made.view(raw))])
@@ -248,14 +256,19 @@ def reports_of(connections: Records) -> Records:
 def ends_of(connections: Records) -> Records:
     """struct flow_end of each, which are all over."""
     made = np.zeros(len(connections), layout.FLOW_END)
-    made["id"], made["reason"] = connections["id"], connections["ended"]
-    given = {name: connections[name] for name in ("laddr", "raddr", "lport", "rport", "proto")}
-    zero = np.zeros(len(connections), np.uint8)
-    made["key"] = conntrack.keys({**given, "type": zero, "from": zero})
+    made["id"], made["reason"], made["key"] = connections["id"], connections["ended"], keys_of(connections)
     return made
 
 
-def _entries(connections: Records) -> Records:
+def keys_of(connections: Records) -> Records:
+    """struct ct_key of each, which are all over."""
+    given = {name: connections[name] for name in ("laddr", "raddr", "lport", "rport", "proto")}
+    zero = np.zeros(len(connections), np.uint8)
+    return conntrack.keys({**given, "type": zero, "from": zero})
+
+
+def entries_of(connections: Records) -> Records:
+    """struct ct_entry of each as it was at last; what was counted is carried."""
     made = np.zeros(len(connections), layout.CT_ENTRY)
     made["word"] = connections["id"] << np.uint64(32) | np.uint64(C.CT_F_DEAD << 8) | connections["state"]
     for name in ("id", "began", "seen"):

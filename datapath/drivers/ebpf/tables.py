@@ -106,13 +106,17 @@ class Tables:
         return self._words.gate(instance.slot)[0] != C.GATE_NONE
 
     def _load_conntrack(self, instance: Instance, table: Table) -> Loaded:
+        if table.op is Op.FILL:
+            table = self._flows.without_ended(instance, table)
         if table.op is not Op.ACCOUNT:
             done = self._connections.load(instance, table)
             note_connections(self._words, instance, table)
             return done
-        loaded, ended = self._connections.account(instance, table)
+        closed = self._flows.closed(instance)
+        loaded, ended = self._connections.account(instance, table, assign=not closed)
         if len(ended):
-            self._flows.late(instance, ended)
+            if not closed:
+                self._flows.late(instance, ended)
             known = instance.entry.carried.get("ended", {})
             amounts = {str(number): list(amount) for number, amount in ended.amounts().items()}
             self._carry(instance, "ended", {**known, **amounts})
