@@ -169,6 +169,20 @@ def test_a_copy_is_cut_and_the_frame_is_not(lab: Lab, vlan: int, snap: int) -> N
     assert counted(lab, 1) == (2, len(datagram(B, A, bytes(range(256)))) + 60, 0)
 
 
+@pytest.mark.parametrize("beyond", [0, 1, 3, 4, 5])
+def test_a_tag_is_part_of_the_length(lab: Lab, beyond: int) -> None:
+    cutter(lab)
+    a, b = trunk(lab)
+    out = to_device(lab, 1, snap=100)
+    data = bytes(range(54 + beyond))
+    frames = [datagram(B, A, data, vlan=7), datagram(A, B, data, vlan=7)]
+    assert {len(frame) for frame in frames} == {100 + beyond}
+    a.send(frames[0])
+    b.send(datagram(A, B, data))
+    assert [out.receive(), out.receive()] == [frame[:100] for frame in frames]
+    assert (b.receive(), a.receive()) == (datagram(B, A, data), frames[1])
+
+
 def test_a_copy_that_cannot_be_cut_is_counted(lab: Lab) -> None:
     a, b = two(lab)
     out = to_device(lab, 1, snap=64)

@@ -169,7 +169,7 @@ __noinline int mirror_one(struct __sk_buff *skb, __u32 key, struct packet *pkt, 
 		return 1;
 	if (!mirror_wants(mirror, direction, vlan_id(skb)))
 		return 0;
-	if (mirror->snap && skb->len > mirror->snap)
+	if (mirror->snap && frame_size(skb) > mirror->snap)
 		result = mirror_cut(skb, key);
 	else
 		result = mirror_send(skb, key, PATH_CLONE);

@@ -10,6 +10,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#define VLAN_SIZE    4
 #define VLAN_ID_MASK 0x0fff
 #define VLAN_UNKNOWN -1      /* tagged with what is not 802.1Q */
 #define VLAN_TAG     0x10000 /* there is a tag */
@@ -63,6 +64,12 @@ static __always_inline int vlan_strip(struct __sk_buff *skb)
 	if (bpf_skb_vlan_pop(skb))
 		return -1;
 	return vlan_tagged(skb) ? -1 : 0;
+}
+
+/* Bytes on the wire: a tag may be beside the data. */
+static __always_inline __u32 frame_size(struct __sk_buff *skb)
+{
+	return skb->len + (skb->vlan_present ? VLAN_SIZE : 0);
 }
 
 static __always_inline int vlan_add(struct __sk_buff *skb, __u16 vid)
