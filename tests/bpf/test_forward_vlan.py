@@ -126,3 +126,23 @@ def test_a_guest_behind_a_trunk_keeps_its_tag_in_the_hold(lab: Lab) -> None:
     lab.change_port(2, commit=3)
     tap.write(frames[0])
     assert a.receive() == datagram(A, B)
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["its first frame", "a later frame"])
+def test_a_vm_that_came_is_found_in_the_network_of_its_tag_at_once(lab: Lab, opened: bool) -> None:
+    """The uplink still has it at its old place when what answers its tagged frame comes."""
+    flags = TRUNK | MODEL.PORT_F_UNSETTLED
+    state = MODEL.PORT_ACTIVE if opened else MODEL.PORT_STAGED
+    a = lab.port(1, A, state=state, epoch=7, commit=7, flags=flags)
+    uplink, network = lab.uplink(mac(0x40))
+    lab.network(1, [(MODEL.L2_PORT, 1, 0)])
+    members = [(MODEL.L2_PORT, 1, 7), (MODEL.L2_UPLINK, uplink, 0)]
+    lab.network(2, members, kind=MODEL.NETWORK_UPLINK, uplink=uplink, vid=99)
+    lab.vlan(uplink, 99, 2)
+    trunk(lab, 1, 7, 2)
+    lab.place(A, MODEL.L2_UPLINK, uplink, network=2, flags=MODEL.L2_F_LOCATION | MODEL.L2_F_STATIC)
+    a.send(datagram(BROADCAST, A, vlan=7))
+    assert network.receive() == datagram(BROADCAST, A, vlan=99)
+    assert lab.placed(A, 2) == (MODEL.L2_PORT, 1)
+    network.send(datagram(A, B, vlan=99))
+    assert a.receive() == datagram(A, B, vlan=7)

@@ -186,6 +186,8 @@ static __noinline void l2_take(struct port *port, __u32 network, __u16 vlan)
 
 	l2_key_set(&key, network, port->mac);
 	entry = bpf_map_lookup_elem(&l2, &key);
+	if (entry && entry->kind == L2_PORT && entry->target == port->slot && entry->flags & L2_F_LOCATION)
+		return;
 	if (entry && entry->flags & L2_F_STATIC)
 		place.flags |= L2_F_STATIC;
 	l2_move(&key, entry, &place);

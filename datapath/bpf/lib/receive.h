@@ -81,7 +81,12 @@ static __noinline __u32 receive_network(struct __sk_buff *skb, struct port *port
 	if (!(port_flags(port) & PORT_F_TRUNK))
 		return 0;
 	network = bpf_map_lookup_elem(&trunks, &key);
-	return network ? *network : 0;
+	if (!network)
+		return 0;
+	/* it has come: its frame is answered here, perhaps before the agent has written where it is in that network */
+	if (port_flags(port) & PORT_F_UNSETTLED)
+		l2_take(port, *network, key.vid);
+	return *network;
 }
 
 /* Whether the frame has a sender that it may have. Returns enum drop_reason. Apart, as the next one is: the stack of
