@@ -72,10 +72,13 @@ class Beside:
         self.lab, self.switch = lab, lab.switch
         self.ifindex, self.wire = lab.veth()
         self.other, _ = lab.veth()
+        self.holds = [lab.veth()[0] for _ in (FROM, TO)]
         self._policies: Any = None
         self._table = self.switch.inner("conntracks", SLOT, "ct_table", 4096)
         for slot, ifindex in ((SLOT, self.ifindex), (OTHER, self.other)):
             self.switch.put("devices", ifindex, MODEL.device(slot=slot, role=MODEL.DEVICE_PORT))
+        for role, ifindex in zip((MODEL.DEVICE_HOLD_FROM, MODEL.DEVICE_HOLD_TO), self.holds, strict=True):
+            self.switch.put("devices", ifindex, MODEL.device(slot=SLOT, role=role))
         for number in (1, 2):
             lab.network(number)
         lab.set_port(OTHER, PEER_MAC, ifindex=self.other)
@@ -123,7 +126,13 @@ class Beside:
         for name, value in TIMEOUTS_MS.items():
             timeouts[getattr(MODEL, name)] = value
         base = (time.monotonic_ns() - 3_600_000_000_000) % (1 << 64)
-        port = {"ifindex": self.ifindex, "policy": SLOT, "timeouts": timeouts, "time_base": base}
+        port = {
+            "ifindex": self.ifindex,
+            "policy": SLOT,
+            "timeouts": timeouts,
+            "time_base": base,
+            "hold_from": self.holds[FROM],
+        }
         self.lab.set_port(SLOT, GUEST_MAC, flags=flags, learned_max=setting.learned_max, **port)
         for vid in setting.trunk:
             switch.put("trunks", MODEL.trunk_key(slot=SLOT, vid=vid), 2)
@@ -169,8 +178,14 @@ class Beside:
         self._reasons[reason] += bool(reason)
         if reason == "reject":
             self.switch.put("reject_limits", SLOT, 0)
-        program = "from_port" if sent.direction == FROM else "to_port"
-        run = self.switch.run(program, sent.frame, self.ifindex, gso_size=sent.gso_size)
+        if sent.held:
+            difference = self._hold(sent)
+            if difference:
+                return difference
+        program, ifindex = ("to_port", self.ifindex) if sent.direction == TO else ("from_port", self.ifindex)
+        if sent.held and sent.direction == FROM:
+            program, ifindex = "from_hold", self.holds[FROM]
+        run = self.switch.run(program, sent.frame, ifindex, gso_size=sent.gso_size)
         passes = (OK,) if sent.direction != FROM else (SHOT, REDIRECT)  # flooded: copies go on, the frame ends
         if run.verdict not in ((SHOT,) if reason else passes):
             return f"verdict {run.verdict} for {reason or 'passed'}"
@@ -181,6 +196,20 @@ class Beside:
         if (not reason or reason == "answered") and run.frame != expected:
             return f"goes on as {run.frame.hex()}, the reference says {expected.hex()}"
         return self._answered(reference, run.frame) if reason == "answered" else ""
+
+    def _hold(self, sent: Sent) -> str:
+        """What waits is as it came: from the guest while its port is quiesced, to the guest until it is passed on."""
+        if sent.direction == TO:
+            self.lab.change_port(SLOT, held_to=1)
+            run = self.switch.run("from_hold", sent.frame, self.holds[TO])
+        else:
+            word = self.switch.get("ports", "port", SLOT).word
+            self.lab.change_port(SLOT, word=word & ~0xFF | MODEL.PORT_QUIESCED)
+            run = self.switch.run("from_port", sent.frame, self.ifindex)
+            self.lab.change_port(SLOT, word=word)
+        left = self.switch.get("ports", "port", SLOT)
+        same = (run.verdict, run.frame, left.held_from, left.held_to) == (SHOT, sent.frame, 1 - sent.direction, 0)
+        return "" if same else f"held as {run.verdict} {run.frame.hex()}, not {sent.frame.hex()}"
 
     def _answered(self, reference: Reference, answer: bytes) -> str:
         """What the switch says in the guest's stead comes in as the guest's."""

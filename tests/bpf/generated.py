@@ -36,13 +36,15 @@ PROTOCOLS = (*[6] * 8, *[17] * 6, *[1] * 4, *[58] * 4, 47, 50, 132, 59, 0, 255)
 
 @dataclass(frozen=True)
 class Sent:
-    """One frame and how it comes; `policy` or `remap` is not -1 for a change of these rules instead."""
+    """One frame and how it comes; `policy` or `remap` is not -1 for a change of these rules instead. `held`: it has to
+    wait before it goes on, as in a move."""
 
     direction: int = FROM
     frame: bytes = b""
     gso_size: int = 0
     policy: int = -1
     remap: int = -1
+    held: bool = False
 
 
 class Generator:

@@ -7,6 +7,7 @@ import random
 import socket
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from datapath.state.remap import RemapDocument
@@ -73,7 +74,9 @@ class RemapGenerator(Generator):
             number = self.chance.randrange(len(self._sets))
             self._use(number)
             return Sent(remap=number)
-        return super().one()
+        sent = super().one()
+        waits = sent.policy < 0 and not sent.gso_size and self.chance.random() < 0.1
+        return replace(sent, held=True) if waits else sent
 
     def _frame(self, direction: int) -> bytes:
         self._seen_by = direction
