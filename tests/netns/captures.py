@@ -10,7 +10,7 @@ import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from migrator.lab import netns
@@ -105,15 +105,39 @@ def captures() -> Iterator[Captures]:
         yield Captures(Path(directory), stack)
 
 
-def same(there: list[Capture], wires: list[Capture], deadline_s: float = 20.0) -> Counter[bytes]:
-    """Each frame of the wires is once in `there`, byte for byte, and nothing else. Returns them."""
+def whole(frame: bytes) -> bytes | None:
+    return frame
 
-    def seen(ones: list[Capture]) -> Counter[bytes]:
-        return Counter(frame for one in ones for frame in one.frames())
+
+def same(
+    there: list[Capture],
+    wires: list[Capture],
+    deadline_s: float = 20.0,
+    *,
+    due: Callable[[bytes], bytes | None] = whole,
+    counts: Callable[[bytes], bool] = bool,
+) -> Counter[bytes]:
+    """Each frame of the wires is once in `there`, byte for byte, and nothing else. Returns them.
+
+    `counts`: frames that are compared, the same at both ends. `due`: what of a frame has to be there, None: nothing.
+    """
+
+    def copied(ones: list[Capture], read: Callable[[Capture], list[bytes]] = Capture.frames) -> Counter[bytes]:
+        return Counter(frame for one in ones for frame in read(one) if counts(frame))
+
+    def owed(read: Callable[[Capture], list[bytes]] = Capture.frames) -> Counter[bytes]:
+        frames = copied(wires, read)
+        parts = ((due(frame), number) for frame, number in frames.items())
+        found: Counter[bytes] = Counter()
+        for part, number in parts:
+            if part is not None:
+                found[part] += number
+        return found
 
     with contextlib.suppress(Exception):  # what differs says more than that it did
-        wait_until(lambda: seen(there) == seen(wires), "copies are as the wires", deadline_s)
-    copies, frames = (Counter(frame for one in ones for frame in one.stop()) for ones in (there, wires))
+        wait_until(lambda: copied(there) == owed(), "copies are as the wires", deadline_s)
+    copies, frames = copied(there, Capture.stop), owed(Capture.stop)
     missing, extra = frames - copies, copies - frames
-    assert not missing and not extra, f"{missing.total()} missing, {extra.total()} too many of {frames.total()}"
+    some = [f"{name}: {frame.hex()}" for name, found in (("-", missing), ("+", extra)) for frame in list(found)[:3]]
+    assert not some, f"{missing.total()} missing, {extra.total()} too many of {frames.total()}: {some}"
     return copies

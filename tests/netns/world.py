@@ -196,7 +196,9 @@ class World:
         return "\n".join(f"==== {name}\n{text[-6000:]}" for name, text in self._written().items())
 
     def _written(self) -> dict[str, str]:
-        return {d.name: d.log.read_bytes()[self.marks[d.name] :].decode(errors="replace") for d in self._daemons()}
+        """By daemon; nothing of a cluster that is gone."""
+        there = [daemon for daemon in self._daemons() if daemon.log.exists()]
+        return {d.name: d.log.read_bytes()[self.marks[d.name] :].decode(errors="replace") for d in there}
 
     def _daemons(self) -> list[Any]:
         return [self.cluster.coordinator, *self.cluster.agents.values()]
