@@ -172,8 +172,8 @@ class Collectors:
 
     def malformed(self) -> list[str]:
         decode = ("-d", f"udp.port=={NFCAPD_PORT},cflow")
-        # tshark expects sequences by the sender's port, which is another on each host and by chance the same again; nfcapd
-        # and nfacctd go by address and domain, as RFC 3954 does
+        # tshark expects sequences by the sender's port, which is another on each host and by chance the same again;
+        # nfcapd and nfacctd go by address and domain, as RFC 3954 does
         order = "cflow.unexpected_sequence_number"
         wrong = f'_ws.malformed || _ws.expert.severity == "Error" || (_ws.expert.severity == "Warning" && !{order})'
         return _output("tshark", "-r", self.pcap, *decode, "-Y", wrong).splitlines()
