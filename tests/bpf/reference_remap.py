@@ -179,7 +179,7 @@ class Remapping:
         """The target of what the guest asks or says by neighbour discovery becomes this; None: it stays."""
         message = ip[packet.transport_at :]
         kinds = (SOLICIT, ADVERTISE) if packet.proto == ICMPV6 and packet.part != "later" else ()
-        if packet.icmp_type not in kinds or len(message) < ND_BYTES:
+        if packet.icmp_type not in kinds or not _has_target(message):
             return None
         rule = self._whole("inside", message[8:24])
         return rule.outside.address if rule else None
@@ -211,4 +211,9 @@ def _is_solicitation(frame: bytes, packet: Packet) -> bool:
     if (packet.proto, packet.icmp_type, packet.part, packet.hops) != (ICMPV6, SOLICIT, "whole", 255):
         return False
     message = frame[packet.network_at :][packet.transport_at : packet.ip_bytes]
-    return len(message) >= ND_BYTES and packet.icmp_code == 0
+    return _has_target(message) and packet.icmp_code == 0
+
+
+def _has_target(message: bytes) -> bool:
+    """RFC 4291, 2.5.5.2: an IPv4 address in IPv6's form is no address of a wire."""
+    return len(message) >= ND_BYTES and message[8:20] != MAPPED

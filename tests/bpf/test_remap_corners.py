@@ -191,3 +191,14 @@ def test_what_would_leave_as_anothers_port_is_dropped(lab: Lab, wires: tuple[Wir
     load(lab, 1, [*RULES, forwarded])
     wires[0].send(framed(B, A, packet(INSIDE, PEER, TCP, body_of(TCP, 443, 999))))
     wait_for(lambda: lab.drops(1) == {MODEL.DROP_REMAP: 1}, "the drop")
+
+
+@pytest.mark.parametrize("direction", [0, 1])
+def test_an_ipv4_address_is_no_target(wires: tuple[Wire, Wire], direction: int) -> None:
+    """RFC 4291, 2.5.5.2: in IPv6's form it is no address of a wire, and no rule is for it."""
+    if direction:
+        same = nd(135, SOLICITED_NODE, PEER6, "ff02::1:ff00:10", f"::ffff:{OUTSIDE}")
+    else:
+        same = nd(135, ("33:33:ff:00:00:10", A), "::", "ff02::1:ff00:10", f"::ffff:{INSIDE}")
+    wires[direction].send(same)
+    assert wires[1 - direction].receive() == same

@@ -37,10 +37,9 @@ static __always_inline int remap_send(struct __sk_buff *skb, struct port *port, 
 
 static __always_inline int remap_arp_load(struct __sk_buff *skb, const struct packet *pkt, struct arp_ipv4 *arp)
 {
-	if (bpf_skb_load_bytes(skb, pkt->l3_offset, arp, sizeof(*arp)) ||
-	    (arp->hardware != bpf_htons(ARP_ETHERNET) && arp->hardware != bpf_htons(ARP_IEEE802)))
-		return -1;
-	return arp->protocol != bpf_htons(ETH_P_IP) || arp->hardware_size != ETH_ALEN ||
+	return bpf_skb_load_bytes(skb, pkt->l3_offset, arp, sizeof(*arp)) ||
+	       (arp->hardware != bpf_htons(ARP_ETHERNET) && arp->hardware != bpf_htons(ARP_IEEE802)) ||
+	       arp->protocol != bpf_htons(ETH_P_IP) || arp->hardware_size != ETH_ALEN ||
 	       arp->protocol_size != sizeof(__be32);
 }
 
@@ -124,10 +123,11 @@ static __always_inline int remap_is_discovery(const struct packet *pkt)
 	return remap_is_solicitation(pkt) || (pkt->proto == IPPROTO_ICMPV6 && pkt->icmp_type == ICMP6_NEIGHBOUR_ADVERT);
 }
 
+/* Fails for a target that is written as an IPv4 address, too: that is no address of a wire (RFC 4291, 2.5.5.2). */
 static __always_inline long remap_nd_load(struct __sk_buff *skb, const struct packet *pkt, struct nd_message *nd)
 {
 	return pkt->l4_offset + sizeof(*nd) > packet_end(pkt) ||
-	       bpf_skb_load_bytes(skb, pkt->l4_offset, nd, sizeof(*nd));
+	       bpf_skb_load_bytes(skb, pkt->l4_offset, nd, sizeof(*nd)) || addr_is_v4(nd->target);
 }
 
 /* RFC 4861, 7.2.4: to all nodes when who asks has no address yet. */
