@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import struct
 import threading
@@ -42,9 +43,14 @@ def pace(seconds: float) -> None:
 
 
 def send_all(wire: Wire, target: str, source: str) -> threading.Thread:
-    """Sends FRAMES numbered frames in small bursts, so that a pump in Python keeps up."""
+    """Sends FRAMES numbered frames in small bursts, so that a pump in Python keeps up.
+
+    From one CPU: Linux takes in a frame on the CPU that sends it, and where that has other work, one that is sent from
+    another CPU comes before it.
+    """
 
     def work() -> None:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         for number in range(FRAMES):
             wire.send(datagram(target, source, struct.pack("=I", number)))
             if number % BURST == 0:

@@ -146,3 +146,17 @@ def test_a_vm_that_came_is_found_in_the_network_of_its_tag_at_once(lab: Lab, ope
     assert lab.placed(A, 2) == (MODEL.L2_PORT, 1)
     network.send(datagram(A, B, vlan=99))
     assert a.receive() == datagram(A, B, vlan=7)
+
+
+@pytest.mark.parametrize(
+    ("slot", "flags"), [(2, MODEL.L2_F_LOCATION), (1, 0)], ids=["at the port that it left", "learned"]
+)
+def test_a_vm_that_came_is_no_longer_where_it_was_on_this_host(lab: Lab, slot: int, flags: int) -> None:
+    """It comes back before its redirect has ended; or its MAC was learned at its port."""
+    a = lab.port(1, A, epoch=7, commit=7, flags=TRUNK | MODEL.PORT_F_UNSETTLED)
+    lab.network(2, [(MODEL.L2_PORT, 1, 7)])
+    trunk(lab, 1, 7, 2)
+    lab.place(A, MODEL.L2_PORT, slot, network=2, flags=flags)
+    a.send(datagram(BROADCAST, A, vlan=7))
+    wait_for(lambda: lab.placed(A, 2) == (MODEL.L2_PORT, 1), "it is here")
+    assert lab.change_place(A, 2).flags == MODEL.L2_F_LOCATION
