@@ -158,7 +158,7 @@ def test_rule_leases_leave_a_staged_port_shut(world: World) -> None:
 def test_rule_leases_end_a_redirect(world: World) -> None:
     """What still comes to the source goes on to the destination, until the lease of the dead agent ends."""
     scene = Scene(world, downtime_ms=20)
-    beside = Wire(scene.vm, world.peer("h1"))  # of the host that the VM leaves, where nobody hears of its place any more
+    beside = Wire(scene.vm, world.peer("h1"))  # nobody there hears of its place any more
     scene.kill("source.stub", "h1")
     number = 0
 
