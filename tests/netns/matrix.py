@@ -137,7 +137,7 @@ class Stage:
         self._populate()
         for host in reversed(MOVING):
             self.move_on()
-            assert self.vm.place() == host
+            assert self.vm.place() == host, f"a complete move to {host} left the guest at {self.vm.place()!r}"
             self.rest()
             self._measure(host)
 

@@ -3,7 +3,7 @@
 
 from .domain import Wiring, domain_xml
 from .events import Event, Events
-from .guests import GuestMachine, Move, add_guest, allow_downtime, last_move, migrate
+from .guests import GuestMachine, Move, NotWhole, add_guest, allow_downtime, last_move, migrate
 from .host import HostDaemon, LibvirtHost
 from .labs import LibvirtCluster, LibvirtLab
 
@@ -16,6 +16,7 @@ __all__ = [
     "LibvirtHost",
     "LibvirtLab",
     "Move",
+    "NotWhole",
     "Wiring",
     "add_guest",
     "allow_downtime",

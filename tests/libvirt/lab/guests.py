@@ -28,6 +28,10 @@ COMPLETED = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED | libvirt.VIR_DOMAIN_JOB_STAT
 LIVE = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER
 
 
+class NotWhole(LabError):
+    """The machine was too slow for its guest: QEMU without KVM spoils memory that it sends too often."""
+
+
 @dataclass(eq=False)
 class GuestMachine(Machine):
     """A QEMU guest. `worker` orders guestd inside it; `xml` is what it was started with."""
@@ -138,17 +142,17 @@ def allow_downtime(machine: GuestMachine) -> None:
 
 
 def last_move(machine: GuestMachine) -> Move:
-    """libvirt's statistics of its last migration; it runs at the destination by now. Raises LabError when the guest
+    """libvirt's statistics of its last migration; it runs at the destination by now. Raises NotWhole when the guest
     cannot be trusted any more."""
     stats = machine.domain().jobStats(COMPLETED)
     move = Move(int(stats["time_elapsed"]), int(stats["downtime"]), int(stats["memory_iteration"]))
     if move.passes > MAX_PASSES:
-        raise LabError(f"{move.passes} passes over memory: QEMU without KVM corrupts the guest beyond {MAX_PASSES}")
+        raise NotWhole(f"{move.passes} passes over memory: QEMU without KVM corrupts the guest beyond {MAX_PASSES}")
     return move
 
 
 def migrate(machine: GuestMachine, to: str, *, flags: int = LIVE, **params: Any) -> Move:
-    """Move it as any libvirt client would, and wait until it runs there. Raises libvirtError."""
+    """Move it as any libvirt client would, and wait until it runs there. Raises libvirtError, NotWhole."""
     destination = machine.hosts.hosts[to]
     allow_downtime(machine)
     options = {libvirt.VIR_MIGRATE_PARAM_URI: f"tcp://{destination.address}", **params}
