@@ -29,6 +29,8 @@ from migrator.security.settings import folder
 
 COORDINATOR_PORT = 7400
 PEER_PORT = 7401
+ATTACHED_S = 120.0
+"""For all daemons to start, each of which loads its programs: the machine may have much else to do."""
 
 
 class Cluster(Lab):
@@ -82,14 +84,22 @@ class Cluster(Lab):
         self.coordinator.start()
         for agent in self.agents.values():
             agent.start()
-        wait_until("all agents are attached", self._attached, 40.0, 0.1)
+        self._await_agents()
         self.apply(networks=self.networks)
-        wait_until("all hosts have the networks", self._networks_there, 20.0)
+        wait_until("all hosts have the networks", self._networks_there, ATTACHED_S)
+
+    def _await_agents(self) -> None:
+        wait_until("all agents are attached", self._attached, ATTACHED_S, 0.1, self._tails)
+
+    def _tails(self) -> str:
+        return "\n".join(f"{daemon.name}: {daemon.tail()}" for daemon in (self.coordinator, *self.agents.values()))
 
     def _networks_there(self) -> bool:
         names = {network["name"] for network in self.networks}
-        there = [set(self.agent_stub(h).Status(pb.Empty(), timeout=5).networks) for h in self.host_names]
-        return all(names <= found for found in there)
+        with contextlib.suppress(grpc.RpcError):
+            there = [set(self.agent_stub(h).Status(pb.Empty(), timeout=5).networks) for h in self.host_names]
+            return all(names <= found for found in there)
+        return False
 
     # ---- files and processes ----
 
@@ -270,7 +280,7 @@ class Cluster(Lab):
     def restart(self, daemon: Daemon) -> None:
         """Start a daemon that was killed, and wait until all agents are attached again."""
         daemon.start()
-        wait_until("all agents are attached", self._attached, 40.0, 0.1)
+        self._await_agents()
 
     def settled(self, machine: Machine, timeout_s: float = 20.0) -> None:
         """Wait until no agent has anything of a migration of this VM in hand."""
