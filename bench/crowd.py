@@ -3,14 +3,18 @@ which of them arrive. One process in one namespace, told what to do by JSON line
 
     send {source_mac, destination_mac, source, destination, steady, new}
                        from now on, a second: `steady` datagrams of one flow, and `new` ones that each begin a flow
-    stop               no more: how many were sent, how many of them began a flow
+    stop               no more: how many were sent
+    when {numbers}     when each was sent, in seconds of CLOCK_MONOTONIC, to a tick
     count              begin to count what comes in
-    counted            how many came, and how many different ones
+    counted            how many came, how many different ones, and how many the counter itself had no room for
+    missing {sent}     which of so many have not come: the first and the last of each run of them
 """
 
 from __future__ import annotations
 
+import bisect
 import json
+import math
 import socket
 import struct
 import sys
@@ -20,7 +24,7 @@ from dataclasses import dataclass
 from migrator.lab.lines import Message
 from migrator.lab.loop import Loop, Operation, Orders
 from migrator.lab.workers import frames, serve
-from migrator.lab.workers.raw import ALL, OUTGOING, SO_RCVBUFFORCE
+from migrator.lab.workers.raw import ALL, SO_RCVBUFFORCE
 
 MAGIC = b"mgBN"
 STEADY_PORTS = (19_999, 9_999)
@@ -29,6 +33,7 @@ UDP_AT, NUMBER_AT = 34, 46  # in the frame
 TICK_S = 0.001
 NUMBERS_MAX = 1 << 24
 BUFFER = 64 << 20
+SOL_PACKET, PACKET_STATISTICS, PACKET_IGNORE_OUTGOING = 263, 6, 23  # linux/if_packet.h
 
 
 @dataclass
@@ -51,15 +56,19 @@ class Crowd:
         self.frame = bytearray()
         self.streams: list[Stream] = []
         self.number = 0
+        self.ticks: list[tuple[int, float]] = []  # the first number of each, and when it began
+        self.tap: socket.socket | None = None
         self.seen = bytearray(NUMBERS_MAX >> 3)
-        self.came = self.different = 0
+        self.came = self.different = self.no_room = 0
 
     def operations(self) -> dict[str, Operation]:
         return {
             "send": self.send,
             "stop": lambda _: self.stop(),
             "count": lambda _: self.count(),
-            "counted": lambda _: {"came": self.came, "different": self.different},
+            "when": self.when,
+            "counted": lambda _: self.counted(),
+            "missing": self.missing,
         }
 
     def send(self, order: Message) -> Message:
@@ -77,6 +86,7 @@ class Crowd:
             return
         steady, new = self.streams
         now = time.monotonic()
+        self.ticks.append((self.number, now))
         for _ in range(steady.due(now)):
             self._one(steady, *STEADY_PORTS)
         for _ in range(new.due(now)):
@@ -92,25 +102,43 @@ class Crowd:
         stream.sent += 1
 
     def stop(self) -> Message:
-        began = self.streams[1].sent if self.streams else 0
         self.streams = []
-        return {"sent": self.number, "new": began}
+        return {"sent": self.number}
+
+    def when(self, order: Message) -> Message:
+        return {"times": [self.ticks[bisect.bisect(self.ticks, (n, math.inf)) - 1][1] for n in order["numbers"]]}
 
     def count(self) -> Message:
-        tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        self.tap = tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         tap.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+        tap.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         tap.setblocking(False)
         tap.bind((self.device, ALL))
         self.loop.watch(tap.fileno(), lambda: self._take(tap))
         return {}
 
+    def counted(self) -> Message:
+        if self.tap is not None:  # the kernel begins anew each time it is asked
+            self.no_room += struct.unpack("II", self.tap.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))[1]
+        return {"came": self.came, "different": self.different, "no_room": self.no_room}
+
+    def missing(self, order: Message) -> Message:
+        gone = (n for n in range(order["sent"]) if not self.seen[n >> 3] & 1 << (n & 7))
+        runs: list[list[int]] = []
+        for number in gone:
+            if runs and runs[-1][1] == number - 1:
+                runs[-1][1] = number
+            else:
+                runs.append([number, number])
+        return {"runs": runs}
+
     def _take(self, tap: socket.socket) -> None:
         for _ in range(256):
             try:
-                frame, address = tap.recvfrom(128)
+                frame = tap.recv(128)
             except BlockingIOError:
                 return
-            if address[2] == OUTGOING or frame[NUMBER_AT - 4 : NUMBER_AT] != MAGIC:
+            if frame[NUMBER_AT - 4 : NUMBER_AT] != MAGIC:
                 continue
             number = int.from_bytes(frame[NUMBER_AT : NUMBER_AT + 4], "big")
             self.came += 1

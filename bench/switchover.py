@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import io
 import itertools
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 from bench.figures import Figures, verify
+from bench.losses import Gap, Move, told
 from bench.plot import Lines
 from bench.workload import HOUR_NS, connections
 from datapath.state.kind import Table
@@ -33,11 +35,12 @@ from migrator.snapshot import Header, KindInfo, SnapshotReader, snapshot
 STEADY_PER_S = 500
 UDP_TIMEOUT_MS = 2_000  # of connections that began and went no further: how many there are beside the table's
 MEMORY_MS = 20
-LATE_S = 5.0
+LATE_S = 30.0
 STAGE_MOVES, STAGE_S = 15, 60
 CHUNK = 1 << 20
 PARTS = ("hold", "idle_wait", "suspend", "quiesce", "drain", "final", "committed", "held_delivered")
-NETWORK = "blue"
+NETWORK, HOSTS = "blue", ("h1", "h2")
+DIRECTIONS = ("to the guest", "from the guest")
 POLICY = {
     "name": "bench",
     "rules": [{"direction": way, "priority": 1, "protocol": "udp", "action": "allow"} for way in ("to", "from")],
@@ -84,6 +87,8 @@ class Moves:
     sent: int = 0
     lost: int = 0
     doubled: int = 0
+    gaps: list[str] = field(default_factory=list)
+    """Of the lost ones: when in which move, in words."""
 
     def add(self, name: str, value: float) -> None:
         self.times.setdefault(name, []).append(value)
@@ -119,6 +124,8 @@ def _report(figures: Figures, charts: dict[str, Lines], load: Load, moves: Moves
         if load.entries == 100_000:
             charts["new"].add(part, load.new, figure)
     figures.add(f"{load.name}: whole move", "ms", moves.times["total"])
+    figures.add(f"{load.name}: frames lost, of {moves.sent:,}", "", [moves.lost], "<1")
+    figures.notes += moves.gaps
     if load.budgeted:
         for part in PARTS:
             figures.add(f"{load.name}: {part}", "ms", moves.times[part])
@@ -132,18 +139,21 @@ def _moves(load: Load) -> Moves:
             hosts = itertools.cycle(("h2", "h1"))
             for _ in range(min(STAGE_MOVES, load.moves - first)):
                 _one(place, load, next(hosts), moves)
-            place.account(moves)
+            place.account(load, moves)
     return moves
 
 
 def _one(place: Stage, load: Load, to: str, moves: Moves) -> None:
+    began = time.monotonic()
     report = place.cluster.migrate(place.vm, to, deadline_s=120.0)
     verify("outcome", (report.outcome, report.reason), ("complete", ""))
     verify("led by the agent", report.leading, True)
+    verify("frames that the agents fear for", (report.frames["dropped"], report.frames["may_be_lost"]), (0, 0))
     verify("records left behind", sum(report.not_moved.values()), 0)
     verify("all connections moved", report.moved["conntrack"] >= load.entries, True)
     times = dict(report.times_ms)
     stood = place.vm.order("status")["times"]
+    place.moves.append(Move(len(place.moves) + 1, to, began, stood["stopped"], stood["resumed"], time.monotonic()))
     there = 1e3 * (stood["resumed"] - stood["stopped"])
     moves.add("paused to committed", times["committed"])
     moves.add("resumed to delivered", times["downtime"] + times["held_delivered"] - there)
@@ -159,6 +169,7 @@ class Stage:
     cluster: Cluster
     vm: Machine
     outside: Machine
+    moves: list[Move] = field(default_factory=list)
     senders: tuple[Worker, Worker] = field(init=False)
     counters: tuple[Worker, Worker] = field(init=False)
 
@@ -181,16 +192,32 @@ class Stage:
             )
         wait_until("frames arrive", lambda: all(c.call("counted")["came"] > 50 for c in self.counters), 20.0)
 
-    def account(self, moves: Moves) -> None:
-        """No more frames: what has become of all that were sent."""
-        for sender, counter in zip(self.senders, self.counters, strict=True):
+    def account(self, load: Load, moves: Moves) -> None:
+        """No more frames: what has become of all that were sent. None of them was lost by this rig itself."""
+        gaps: list[Gap] = []
+        for sender, counter, way in zip(self.senders, self.counters, DIRECTIONS, strict=True):
             sent = sender.call("stop")["sent"]
             with suppress(LabError):  # what is missing after so long is lost
                 wait_until("all frames have arrived", partial(_arrived, counter, sent), LATE_S)
             counted = counter.call("counted")
+            verify(f"frames {way} that the counter had no room for", counted["no_room"], 0)
             moves.sent += sent
             moves.lost += sent - counted["different"]
             moves.doubled += counted["came"] - counted["different"]
+            gaps += _gaps(sender, counter, way, sent)
+        nic = self.vm.order("status")
+        verify("frames that the guest's taps refused or swallowed", (nic["refused"], nic["swallowed"]), (0, 0))
+        moves.gaps += told(load.name, gaps, self.moves, self.drops())
+
+    def drops(self) -> list[str]:
+        """What the ports that are there have dropped: host, state, reason, frames."""
+        ports = [(host, port) for host in HOSTS for port in self.cluster.ports(host)]
+        return [
+            f"{host} {port.instance.state} {reason} {count}"
+            for host, port in ports
+            for reason, count in port.drops.items()
+            if count
+        ]
 
     def fill(self, load: Load) -> None:
         """Give the VM its table."""
@@ -218,7 +245,7 @@ class Stage:
 def stage(load: Load) -> Iterator[Stage]:
     """Two hosts with agents, a VM at the first with its table, and frames both ways."""
     network = {"name": NETWORK, "kind": "uplink", "uplink": "up0"}
-    with Cluster(("h1", "h2"), [network], migration_options={"redirect_idle_s": 1.0}) as cluster:
+    with Cluster(HOSTS, [network], migration_options={"redirect_idle_s": 1.0}) as cluster:
         cluster.apply(policies=[POLICY])
         vm = add_vm(
             cluster,
@@ -249,6 +276,12 @@ def _with_connections(before: bytes, count: int, address: str) -> bytes:
     kinds = {name: KindInfo(info.version, info.optional) for name, info in header.kinds.items()}
     whole = Header(header.vm, header.source, header.driver, kinds, header.ports, header.rules_max, header.connections)
     return b"".join(snapshot(whole, tables))
+
+
+def _gaps(sender: Worker, counter: Worker, way: str, sent: int) -> list[Gap]:
+    runs = counter.call("missing", sent=sent)["runs"]
+    times = sender.call("when", numbers=[first for first, _ in runs])["times"]
+    return [Gap(way, first, last, at) for (first, last), at in zip(runs, times, strict=True)]
 
 
 def _arrived(counter: Worker, sent: int) -> bool:
