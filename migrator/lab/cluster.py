@@ -21,7 +21,7 @@ from migrator._pb import migrator_pb2_grpc as rpc
 from migrator.lab import netns
 from migrator.lab.errors import LabError
 from migrator.lab.machines import Machine
-from migrator.lab.processes import Daemon, wait_until
+from migrator.lab.processes import PATIENT_S, Daemon, wait_until
 from migrator.lab.topology import UPLINK, Lab
 from migrator.security import authority
 from migrator.security.identity import Identity, Role
@@ -31,6 +31,8 @@ COORDINATOR_PORT = 7400
 PEER_PORT = 7401
 ATTACHED_S = 120.0
 """For all daemons to start, each of which loads its programs: the machine may have much else to do."""
+_CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
+"""Else a daemon that took half a minute to begin is not asked again for as long."""
 
 
 class Cluster(Lab):
@@ -206,7 +208,7 @@ class Cluster(Lab):
     def _channel(self, socket: Path) -> grpc.Channel:
         channel = self.channels.get(str(socket))
         if channel is None:
-            channel = grpc.insecure_channel(f"unix:{socket}")
+            channel = grpc.insecure_channel(f"unix:{socket}", _CHANNEL_OPTIONS)
             self.channels[str(socket)] = channel
             self.stack.callback(channel.close)
         return channel
@@ -217,7 +219,7 @@ class Cluster(Lab):
         reply: pb.ApplyReply = self.coordinator_stub().Apply(pb.ApplyRequest(config=config), timeout=30)
         return reply
 
-    def declare(self, *machines: Machine, timeout_s: float = 30.0) -> None:
+    def declare(self, *machines: Machine, timeout_s: float = PATIENT_S) -> None:
         """Give machines their ports and wait until these are open."""
         self.apply(ports=[message for machine in machines for message in port_messages(machine)])
         for machine in machines:
@@ -282,7 +284,7 @@ class Cluster(Lab):
         daemon.start()
         self._await_agents()
 
-    def settled(self, machine: Machine, timeout_s: float = 20.0) -> None:
+    def settled(self, machine: Machine, timeout_s: float = PATIENT_S) -> None:
         """Wait until no agent has anything of a migration of this VM in hand."""
 
         def quiet() -> bool:

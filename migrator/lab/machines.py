@@ -11,7 +11,7 @@ from typing import Any
 
 from migrator.lab import netns
 from migrator.lab.errors import LabError
-from migrator.lab.processes import Worker, wait_until
+from migrator.lab.processes import PATIENT_S, Worker, wait_until
 from migrator.lab.topology import Lab
 
 GUEST_DEVICE = "eth0"
@@ -72,7 +72,7 @@ class Machine:
         status = self.order("status")
         return str(status["place"]) if status["running"] else ""
 
-    def wait_for_place(self, host: str, timeout_s: float = 20.0) -> None:
+    def wait_for_place(self, host: str, timeout_s: float = PATIENT_S) -> None:
         wait_until(f"{self.name} runs at {host}", lambda: self.place() == host, timeout_s)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from migrator.lab import netns
+from migrator.lab.processes import PATIENT_S
 
 from .driver_lab import Place, wait_until
 
@@ -45,7 +46,7 @@ class Capture:
             "root",
         ]
         self._process = self._start(place, ["tcpdump", "-n", *options, expression])
-        wait_until(lambda: "listening on" in self._log.read_text(), f"tcpdump listens on {device}", 20)
+        wait_until(lambda: "listening on" in self._log.read_text(), f"tcpdump listens on {device}")
 
     def _start(self, place: Place | str, command: list[str]) -> subprocess.Popen[bytes]:
         with self._log.open("w") as log:
@@ -112,7 +113,7 @@ def whole(frame: bytes) -> bytes | None:
 def same(
     there: list[Capture],
     wires: list[Capture],
-    deadline_s: float = 20.0,
+    deadline_s: float = PATIENT_S,
     *,
     due: Callable[[bytes], bytes | None] = whole,
     counts: Callable[[bytes], bool] = bool,

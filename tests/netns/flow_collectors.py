@@ -91,7 +91,7 @@ class Collectors:
             self._start("nfcapd", "-w", flows, "-p", NFCAPD_PORT, "-b", self.address, "-t", 3600, "-B", 4 << 20)
             self._start("nfacctd", "-f", config)
             self._start("tcpdump", "-Z", "root", "-U", "-i", "any", "-w", self.pcap, "udp", "port", NFCAPD_PORT)
-            wait_until("the collectors listen", self._listen, 20.0)
+            wait_until("the collectors listen", self._listen)
             yield
 
     @property
@@ -122,7 +122,7 @@ class Collectors:
 
     def finish(self) -> None:
         """All that was sent has been read; then they write and leave."""
-        wait_until("the collectors have read all", lambda: not any(self._sockets().values()), 20.0)
+        wait_until("the collectors have read all", lambda: not any(self._sockets().values()))
         for name, number in (("nfcapd", signal.SIGTERM), ("nfacctd", signal.SIGINT), ("tcpdump", signal.SIGINT)):
             self._processes[name].send_signal(number)
         for process in self._processes.values():

@@ -51,7 +51,7 @@ class Numbers:
         self.flows = (next(self._flows), next(self._flows))
         for flow, sender, target in zip(self.flows, reversed(self.ends), reversed(self.targets), strict=True):
             sender.call("send", flow=flow, address=target, port=NUMBERS, every_ms=ROUGH)
-        wait_until("numbers arrive", lambda: all(self.came(n) > 3 for n in (0, 1)), 20.0)
+        wait_until("numbers arrive", lambda: all(self.came(n) > 3 for n in (0, 1)))
         for receiver, flow in zip(self.ends, self.flows, strict=True):
             receiver.call("silence", flow=flow)
 
@@ -63,7 +63,7 @@ class Numbers:
     def end(self) -> dict[str, float]:
         """Stop: what was lost, doubled or overtaken in both directions, and the longest silence in ms."""
         goals = [self.came(way) + 20 for way in (0, 1)]
-        wait_until("numbers go on", lambda: all(self.came(w) >= g for w, g in enumerate(goals)), 20.0)
+        wait_until("numbers go on", lambda: all(self.came(w) >= g for w, g in enumerate(goals)))
         found: dict[str, float] = {"lost": 0, "doubled": 0, "overtaken": 0, "silence": 0.0}
         for way, (sender, receiver) in enumerate(zip(reversed(self.ends), self.ends, strict=True)):
             flow = self.flows[way]

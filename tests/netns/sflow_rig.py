@@ -106,14 +106,14 @@ class Rig:
         number = int(ipaddress.IPv4Address(self.address))
         local = f"{socket.htonl(number):08X}:{port:04X}"
         command = netns.inside(self._namespace, ["cat", "/proc/net/udp"])
-        wait_until(lambda: local in subprocess.check_output(command, text=True), f"a collector listens at {port}", 20)
+        wait_until(lambda: local in subprocess.check_output(command, text=True), f"a collector listens at {port}")
 
     def stop(self) -> None:
         """Both daemons write what they have."""
         for process in (self._capd, self._acctd):
             process.send_signal(signal.SIGINT)
             process.wait(30)
-        wait_until(lambda: "Purging cache - END" in self._log("sfacctd"), "sfacctd has written what it has", 20)
+        wait_until(lambda: "Purging cache - END" in self._log("sfacctd"), "sfacctd has written what it has")
 
     def close(self) -> None:
         self._stack.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from migrator.faults import FILE
 from migrator.lab.cluster import Cluster
-from migrator.lab.processes import Daemon, wait_until
+from migrator.lab.processes import PATIENT_S, Daemon, wait_until
 
 BY_ROLE = {"source": "h1", "destination": "h2", "coordinator": "coordinator"}  # of a move from h1 to h2
 
@@ -44,7 +44,7 @@ class StandingCluster(Cluster):
             if daemon.running():
                 os.kill(daemon.pid, signal.SIGCONT)
 
-    def wait_for(self, point: str, timeout_s: float = 20.0) -> None:
+    def wait_for(self, point: str, timeout_s: float = PATIENT_S) -> None:
         """Until the daemon stands at the point that was asked for."""
         daemon = self.daemon(BY_ROLE[point.partition(".")[0]])
         wait_until(f"{daemon.name} stands at {point}", lambda: _stopped(daemon.pid), timeout_s, 0.002)

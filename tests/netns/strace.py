@@ -38,7 +38,7 @@ def traced(daemon: Daemon, output: Path) -> Iterator[None]:
     with errors.open("wb") as stderr:
         tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr)
     try:
-        wait_until("strace is attached", lambda: _attached(tracer, errors), 20.0)
+        wait_until("strace is attached", lambda: _attached(tracer, errors))
         yield
     finally:
         tracer.send_signal(signal.SIGINT)

@@ -67,7 +67,7 @@ def test_frames_go_on_while_an_agent_is_restarted(world: World) -> None:
         end()
         streams.run_on(200)
         world.cluster.restart(agent)
-        wait_until("the port is known again", lambda: world.cluster.is_open(vm, "h1"), 20.0)
+        wait_until("the port is known again", lambda: world.cluster.is_open(vm, "h1"))
     streams.run_on(100)
     streams.assert_perfect()
     talk.assert_whole()

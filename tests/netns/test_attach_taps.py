@@ -155,7 +155,7 @@ def test_a_keeper_ends_when_the_agent_does_not_come_back(tmp_path: Path) -> None
     path = tmp_path / "keeper"
     subprocess.run([sys.executable, "-c", LEAVES, str(path)], check=True, timeout=30)
     assert taps.holders("hold1") != [], "the keeper has it"
-    wait_until(lambda: not path.exists(), "the keeper has ended", 10)
+    wait_until(lambda: not path.exists(), "the keeper has ended")
     wait_until(lambda: taps.holders("hold1") == [], "nobody has the tap")
     HoldTap("hold1").destroy()
 

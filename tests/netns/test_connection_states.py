@@ -95,7 +95,7 @@ def test_large_sends_and_streams(world: World, route: tuple[str, ...], ipv6: boo
     talk.assert_whole()
     streams.assert_perfect()
     sent = pinger.call("stop", flow=9)["sent"]
-    answered = wait_until("the last echo", lambda: _all(pinger, sent), 10.0, explain=lambda: pinger.call("report"))
+    answered = wait_until("the last echo", lambda: _all(pinger, sent), explain=lambda: pinger.call("report"))
     assert (answered["missing_count"], answered["doubled"]) == (0, 0)
 
 

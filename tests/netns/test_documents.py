@@ -78,17 +78,17 @@ def test_a_host_talks_on_a_network(world: World) -> None:
     world.machines.append(Machine(world.cluster, example["name"], "h1", [port], uuid=example["vm"]))
     apply(world, INTERNAL)
     declared(world, "policy", example["policy"])
-    wait_until("the host's port is open", lambda: world.cluster.is_open(world.machines[-1], "h1"), 20.0)
+    wait_until("the host's port is open", lambda: world.cluster.is_open(world.machines[-1], "h1"))
     far, near = world.peer("h3", "over"), world.peer("h1", "over")
     for peer in (far, near):
-        wait_until(f"h1 reaches {peer.name}", partial(ping, host, peer.address), 10.0)
+        wait_until(f"h1 reaches {peer.name}", partial(ping, host, peer.address))
         assert ping(world.cluster.name(peer.name), port.addresses[0])
     wire_drops = drops(world, "h1", port.mac).get("policy", 0)
     with netns.entered(netns.path(world.cluster.name(far.name))):
         sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with sender:
         sender.sendto(b"not allowed", (port.addresses[0], 9))
-    wait_until("it is dropped", lambda: drops(world, "h1", port.mac).get("policy", 0) == wire_drops + 1, 10.0)
+    wait_until("it is dropped", lambda: drops(world, "h1", port.mac).get("policy", 0) == wire_drops + 1)
 
 
 def drops(world: World, host: str, mac: str) -> Mapping[str, int]:
@@ -101,7 +101,6 @@ def test_a_trunk_moves_with_its_tags(world: World) -> None:
     wait_until(
         "all hosts have it",
         lambda: all("green" in world.cluster.agent_stub(h).Status(pb.Empty()).networks for h in world.before),
-        10.0,
     )
     world.before = {host: oracle.traces(world.cluster, host) for host in world.before}
     vm, blue = world.vm("h1"), world.peer("h3")
@@ -120,11 +119,11 @@ def test_a_trunk_moves_with_its_tags(world: World) -> None:
         return wire.arrived(GUEST, datagram(wire, GUEST, number))
 
     wire.send(GUEST, tagged(1))
-    wait_until("an access port may not tag", lambda: drops(world, "h1", vm.ports[0].mac).get("vlan") == 1, 10.0)
+    wait_until("an access port may not tag", lambda: drops(world, "h1", vm.ports[0].mac).get("vlan") == 1)
     document(world, vm, trunk={"30": "green"})
-    wait_until("the tag is the network's", lambda: arrived(2), 10.0)
+    wait_until("the tag is the network's", lambda: arrived(2))
     world.move(vm, "h2")
-    wait_until("so it is after the move", lambda: arrived(3), 10.0)
+    wait_until("so it is after the move", lambda: arrived(3))
     answer = datagram(wire, PEER, 4)
     wire.send(PEER, answer)
     wait_until("the answer has the tag", lambda: wire.arrived(PEER, answer[14:]))
@@ -156,10 +155,10 @@ def test_learning_takes_up_what_is_under_way(world: World) -> None:
 
     document(world, peer, learning=True)  # its own port has not seen the beginning either
     dropped = drops(world, "h1", vm.ports[0].mac).get("ct-invalid", 0)
-    wait_until("the peer's port learns", drops_again, 10.0)
+    wait_until("the peer's port learns", drops_again)
     document(world, vm, learning=True)
-    wait_until("learning", lambda: not blocked(segment(SERVICE, ACK)), 10.0)
+    wait_until("learning", lambda: not blocked(segment(SERVICE, ACK)))
     wire.pass_through(PEER, segment(SERVICE, ACK | PSH, 30_000, b"learned"))
     document(world, vm, learning=False)
-    wait_until("no longer", lambda: blocked(segment(SERVICE, ACK)), 10.0)
+    wait_until("no longer", lambda: blocked(segment(SERVICE, ACK)))
     wire.pass_through(PEER, segment(SERVICE, ACK | PSH, 30_000, b"goes on"))

@@ -131,4 +131,4 @@ def test_second_mac_behind_a_port_is_learned_and_dumped(host: Host) -> None:
     wait_until(lambda: "02:00:00:00:00:aa" in macs(), "the MAC is learned")
     assert macs() == {guest.ref.mac, "02:00:00:00:00:aa"}
     host.run(lambda: host.driver.set_network(Network("blue", NetworkKind.LOCAL, ageing_s=1)))
-    wait_until(lambda: macs() == {guest.ref.mac}, "what is silent is forgotten, the port's own MAC is not", 10)
+    wait_until(lambda: macs() == {guest.ref.mac}, "what is silent is forgotten, the port's own MAC is not")

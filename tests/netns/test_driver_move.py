@@ -64,7 +64,7 @@ class Stream:
 
     def run_on(self, count: int) -> None:
         goal = self.sent + count
-        wait_until(lambda: self.sent >= goal, "datagrams are sent", 20)
+        wait_until(lambda: self.sent >= goal, "datagrams are sent")
 
     def finish(self) -> list[list[int]]:
         self._stop.set()

@@ -120,7 +120,7 @@ def test_the_source_goes_on(world: World, failure: Failure) -> None:
     talk = Conversations.begin(vm, peer, inbound=20, outbound=20, every_ms=100)
     streams = Streams(vm, peer)
     failure(world, vm)
-    wait_until("the guest runs at the source", lambda: vm.place() == "h1", 20.0)
+    wait_until("the guest runs at the source", lambda: vm.place() == "h1")
     world.cluster.settled(vm, 30.0)
     streams.run_on(100)
     streams.assert_perfect()

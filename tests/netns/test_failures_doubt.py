@@ -111,7 +111,7 @@ class Doubt:
         cluster = self.world.cluster
         wait_until("it has an outcome", self.outcome, 60.0)
         assert self.outcome() in outcomes
-        wait_until(f"the ports are open at {host}", lambda: cluster.is_open(self.vm, host), 20.0)
+        wait_until(f"the ports are open at {host}", lambda: cluster.is_open(self.vm, host))
         cluster.settled(self.vm, 30.0)
         assert not cluster.is_open(self.vm, other)
         self.talk.assert_whole()
@@ -127,10 +127,10 @@ def test_rule_doubt_ends_by_the_operators_word_for_the_source(doubt: Doubt) -> N
     doubt.show()
     doubt.vm.order("cancel")
     doubt.resolve("h1")
-    wait_until("the source is active", lambda: doubt.world.cluster.is_open(doubt.vm, "h1"), 10.0)
+    wait_until("the source is active", lambda: doubt.world.cluster.is_open(doubt.vm, "h1"))
     doubt.talk.assert_whole()
     doubt.bring_back()
-    wait_until("the destination has purged", lambda: not instances(doubt.world, "h2", doubt.vm), 20.0)
+    wait_until("the destination has purged", lambda: not instances(doubt.world, "h2", doubt.vm))
     doubt.ends({"aborted"}, "h1", "h2")
 
 

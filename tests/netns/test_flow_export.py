@@ -78,7 +78,7 @@ def test_three_moves_are_counted_exactly(world: World, tmp_path: Path, version: 
         world.cluster.settled(vm)
         assert exporting(world, "h2")
         export(world, vm)
-        wait_until("nothing more is exported", lambda: not exporting(world, "h2"), 20.0)
+        wait_until("nothing more is exported", lambda: not exporting(world, "h2"))
         collectors.finish()
     assert truth.counted() == expected
     nfdump, nfacctd = collectors.nfdump(vm.address), collectors.nfacctd(vm.address)

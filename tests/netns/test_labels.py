@@ -58,7 +58,7 @@ class Talk:
 
         before = dropped()
         self.client.send(b"are you there?")
-        wait_until(lambda: dropped() > before, f"the datagram is dropped by {reason}", 20)
+        wait_until(lambda: dropped() > before, f"the datagram is dropped by {reason}")
 
     def close(self) -> None:
         for one in (self.client, *self.servers):

@@ -132,7 +132,7 @@ def test_the_operators_word_at_any_moment_of_a_move(world: World) -> None:
 def judged(world: World, vm: Machine, trusted: Conversations, others: Conversations) -> None:
     """At the host to which the VM has moved: rules that ask for marks and labels see those that came along."""
     declare(world, "labelled", ASKS)
-    wait_until("all that the new rules end have ended", lambda: others.check(timeout_s=0.5)["lost"] == COUNT, 20.0)
+    wait_until("all that the new rules end have ended", lambda: others.check(timeout_s=0.5)["lost"] == COUNT)
     trusted.assert_whole()
     assert set(shown(world, vm, "h1").values()) == {(15, 0x301)}
     assert set_label(world, vm, "h1", "--all", "--label", "0/0x200").returncode == 0
@@ -182,7 +182,7 @@ def test_no_word_is_lost_and_none_comes_twice(world: World, way: str) -> None:
     talk = Conversations.begin(vm, peer, inbound=20, outbound=20, every_ms=10)
     marker = Marker(world, vm)
     with marker.marking():
-        wait_until("marks change", lambda: marker.done > 20, 20.0)
+        wait_until("marks change", lambda: marker.done > 20)
         if way == "fails late":
             world.expected.append(".*")
             vm.order("behave", swallow=False, fail_after_ms=150)
@@ -191,7 +191,7 @@ def test_no_word_is_lost_and_none_comes_twice(world: World, way: str) -> None:
         else:
             world.follow(vm, ("h2", "h1"), within_s=20.0)
         done = marker.done
-        wait_until("marks change again", lambda: marker.done > done + 20, 20.0)
+        wait_until("marks change again", lambda: marker.done > done + 20)
     assert {type(error) for error in marker.refusals} == {NotReady, PortNotFound}
     columns = oracle.columns(world.cluster, "h1", vm)
     assert set(columns["mark"].tolist()) == {marker.last} and len(columns["mark"]) == talk.total

@@ -67,10 +67,10 @@ def test_the_page_followed(world: World) -> None:
     with watching(world, world.cluster.directory / "marked", *marked, "--interval", "0.2") as watch:
         wait_until("the watch is current", watch.current, 30.0, explain=watch.said)
         assert reader.run(command(reader, 1)) == page(reader, 1)
-        wait_until("it is told", lambda: watch.ops("conntrack", "added"), 20.0, explain=watch.said)
+        wait_until("it is told", lambda: watch.ops("conntrack", "added"), explain=watch.said)
         (told,) = watch.ops("conntrack", "added")
         assert (told["record"]["mark"], int(told["record"]["label"], 16)) == (0xBAD, 1)
-    wait_until("the first rule ends it", lambda: lost(shell), 20.0)
+    wait_until("the first rule ends it", lambda: lost(shell))
     assert reader.run(f"migrator conntrack list {vm.name}") == ""
     web = connected(peer, vm, WEB)
     assert "mark=0x7" in reader.run(f"migrator conntrack list {vm.name}")

@@ -75,7 +75,7 @@ def test_mirrors_follow_a_vm_under_load(world: World, watch: Captures) -> None:
             {"name": "local", "output": {"device": "mon*"}},
             {"name": "remote", "output": {"port": port_name(monitor)}},
         )
-        wait_until("the mirrors are in force", lambda: "remote" in shown(world, vm, "h1"), 20.0)
+        wait_until("the mirrors are in force", lambda: "remote" in shown(world, vm, "h1"))
         wire = watch.on(world.cluster.name(vm.name), "eth0", TRAFFIC)
         local = [watch.on(namespace, "tap0", TRAFFIC) for namespace in behind.values()]
         remote = watch.on(world.cluster.name(monitor.name), "eth0", TRAFFIC)
@@ -90,7 +90,7 @@ def test_mirrors_follow_a_vm_under_load(world: World, watch: Captures) -> None:
         copies = same(local, [wire])
         assert copies.total() > 300 and max(map(len, copies)) > 1500, "large segments are among them"
         same([remote], [wire])
-        wait_until("the counters came along", lambda: _counts(shown(world, vm, "h1"), copies), 20.0)
+        wait_until("the counters came along", lambda: _counts(shown(world, vm, "h1"), copies))
 
 
 # ---- by VLAN, to VLANs and to an address ----
@@ -139,7 +139,7 @@ def test_mirrors_by_vlan_follow_a_vm_to_where_they_go(
     with outputs(world.cluster, watch, tuple(SESSIONS)) as there:
         declared = [{"name": name, "output": there[name].output, **fields} for name, fields in SESSIONS.items()]
         declare(world, vm, *declared)
-        wait_until("the mirrors are in force", lambda: "heads" in shown(world, vm, "h1"), 20.0)
+        wait_until("the mirrors are in force", lambda: "heads" in shown(world, vm, "h1"))
         wire = watch.on(world.cluster.name(vm.name), GUEST_DEVICE, "")
         talk = Conversations.begin(vm, peer, inbound=1, outbound=1, every_ms=20)
         streams = [Streams(one, end, every_ms=4.0, own=True) for one, end in ((vm, peer), (tagged, other))]
@@ -166,7 +166,7 @@ def test_a_monitoring_vm_that_moves_misses_nothing(world: World, watch: Captures
     monitor = world.vm("h1", network="over", policy="")
     declare(world, monitor)
     declare(world, vm, {"name": "ids", "output": {"port": port_name(monitor)}})
-    wait_until("the mirror is in force", lambda: "ids" in shown(world, vm, "h1"), 20.0)
+    wait_until("the mirror is in force", lambda: "ids" in shown(world, vm, "h1"))
     wire = watch.on(world.cluster.name(vm.name), "eth0", TRAFFIC)
     output = watch.on(world.cluster.name(monitor.name), "eth0", TRAFFIC)
     streams = Streams(vm, peer, every_ms=2.0)
@@ -204,7 +204,7 @@ def test_a_destination_without_the_output_is_refused_by_name(
     world.expected.append("mirror ids, output")
     with only_at_h1(world.cluster, "h1") if only_at_h1 else contextlib.nullcontext():
         declare(world, vm, {"name": "ids", "output": output})
-        wait_until("the mirror is in force", lambda: "ids" in shown(world, vm, "h1"), 20.0)
+        wait_until("the mirror is in force", lambda: "ids" in shown(world, vm, "h1"))
         report = world.cluster.migrate(vm, "h2")
         assert report.outcome == "refused", report
         assert f"mirror ids, output {why}" in report.reason

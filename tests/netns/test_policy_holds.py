@@ -39,7 +39,7 @@ def test_forbidden_by_a_change_under_way(world: World) -> None:
             world.cluster.apply(policies=[_policy("fleeting", allowed=False)])
             changed = True
     assert changed and report.outcome == "complete", report
-    wait_until("the stream to the guest ends", lambda: _stalled(streams), 10.0)
+    wait_until("the stream to the guest ends", lambda: _stalled(streams))
 
 
 def _stalled(streams: Streams) -> bool:

@@ -23,7 +23,7 @@ def test_idle_connections_end_by_their_policys_time_where_the_vm_has_gone(world:
     client, end = peer.worker("tcp"), peer.worker("probe")
     assert client.call("connect", address=vm.address, port=SERVICE, count=1, timeout_s=20)["failed"] == 0
     end.call("send", flow=1, address=vm.address, port=ECHO, every_ms=10)
-    wait_until("it answers", lambda: end.call("report")["flows"].get("1", {}).get("received", 0) > 0, 20.0)
+    wait_until("it answers", lambda: end.call("report")["flows"].get("1", {}).get("received", 0) > 0)
     end.call("stop", flow=1)
     idle = time.monotonic()
     assert remembered("h1") == 2

@@ -116,7 +116,7 @@ def limit(world: World, machine: Machine, **ways: Any) -> None:
     """By the operator's command, on h1."""
     ran = world.cluster.cli("port", "set", f"{machine.uuid}/{machine.ports[0].mac}", "qos", json.dumps(ways))
     assert ran.returncode == 0, ran.stderr + ran.stdout
-    wait_until("the agent has it", lambda: records(world, machine, "h1").keys() == ways.keys(), 20.0)
+    wait_until("the agent has it", lambda: records(world, machine, "h1").keys() == ways.keys())
 
 
 def records(world: World, machine: Machine, host: str) -> dict[str, dict[str, Any]]:
@@ -186,9 +186,8 @@ def assert_all_is_accounted(world: World, vm: Machine, direction: str, stream: F
     wait_until(
         "every datagram arrived or is counted",
         accounted,
-        10.0,
-        0.2,
-        lambda: f"{stream.sent} sent, {len(numbers)} arrived, {known}",
+        interval_s=0.2,
+        explain=lambda: f"{stream.sent} sent, {len(numbers)} arrived, {known}",
     )
 
 
@@ -200,7 +199,7 @@ def test_a_vm_that_has_used_its_burst_has_none_at_the_other_host(world: World) -
         began = time.monotonic()
         for _ in range(2 * BURST // FRAME_BYTES):
             out.sendto(bytes(FRAME_BYTES - HEADERS), (peer.address, PORT))
-        wait_until("the burst is used up", lambda: records(world, vm, "h1")["from"]["dropped_packets"] > 0, 10.0)
+        wait_until("the burst is used up", lambda: records(world, vm, "h1")["from"]["dropped_packets"] > 0)
         world.move(vm, "h2")
         world.cluster.settled(vm)
         found = records(world, vm, "h2")["from"]
@@ -263,7 +262,7 @@ def iperf(machine: Machine, *arguments: str) -> Iterator[subprocess.Popen[bytes]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     try:
         if "-s" in arguments:
-            wait_until("iperf3 listens", lambda: _listens(machine), 10.0)
+            wait_until("iperf3 listens", lambda: _listens(machine))
         yield process
     finally:
         process.kill()

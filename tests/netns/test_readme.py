@@ -55,7 +55,7 @@ def test_the_walk_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             ran = cluster.cli(*words, host=host)
             assert ran.returncode == 0, f"{shlex.join(words)}: {ran.stdout}{ran.stderr}"
             if words[0] == "apply":
-                wait_until("the port is open", lambda: cluster.is_open(machine, "h1"), 20.0)
+                wait_until("the port is open", lambda: cluster.is_open(machine, "h1"))
         assert machine.place() == "h2"
         listed = json.loads(cluster.cli("migration", "list", "--json").stdout)
         assert [report["outcome"] for report in listed] == ["complete", "complete"]

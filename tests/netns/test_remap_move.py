@@ -52,7 +52,7 @@ class Floating:
         ]
         port = port_messages(self.machine)[0] | {"kinds": {"remap": json.dumps({"rules": rules})}}
         world.cluster.apply(ports=[port])
-        wait_until("the rules are there", lambda: len(self.shown(world)) == len(rules), 20.0)
+        wait_until("the rules are there", lambda: len(self.shown(world)) == len(rules))
 
     def shown(self, world: World) -> list[dict[str, Any]]:
         """Its rules with what they counted, as the operator sees them."""

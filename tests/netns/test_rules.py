@@ -34,7 +34,7 @@ def test_rule_committed_is_not_open(world: World) -> None:
     reports = world.cluster.migration(vm, "h2")
     seen: set[tuple[str, bool, int]] = set()
     next(reports)
-    wait_until("the guest stands", lambda: not vm.order("status")["running"], 20.0, 0.002)
+    wait_until("the guest stands", lambda: not vm.order("status")["running"], interval_s=0.002)
     now: list[tuple[str, bool, int]] = []
     while not vm.order("status")["running"]:
         seen.update(now)  # what was seen before the guest was known to stand still
@@ -58,7 +58,6 @@ def test_rule_every_instance_has_its_epoch(world: World) -> None:
     wait_until(
         "only the newest is left",
         lambda: instances(world, "h1", vm) == [("active", True, epochs[1])],
-        20.0,
         explain=lambda: instances(world, "h1", vm),
     )
     talk.assert_whole()
@@ -155,7 +154,7 @@ def test_rule_a_vm_may_move_while_paused(world: World) -> None:
     vm.order("suspend")
     reports = world.cluster.migration(vm, "h2", deadline_s=30)
     next(reports)
-    wait_until("it is at the destination", lambda: vm.order("status")["place"] == "h2", 20.0)
+    wait_until("it is at the destination", lambda: vm.order("status")["place"] == "h2")
     vm.order("resume")
     *_, report = reports
     assert report.outcome == "complete", report
@@ -197,7 +196,7 @@ def test_rule_a_flood_does_not_follow_the_vm(world: World) -> None:
     streams.ends[0].call("stop", flow=2)  # a guest that says nothing is not learned again
     before = streams.received(1)
     netns.ip("link", "set", "br0", "type", "bridge", "fdb_flush", namespace=world.cluster.name("fabric"))
-    wait_until("floods arrive", lambda: streams.received(1) > before + 40, 20.0)
+    wait_until("floods arrive", lambda: streams.received(1) > before + 40)
     assert instances(world, "h1", vm), "the redirect is still there"
     streams.assert_perfect()
 

@@ -26,7 +26,7 @@ def test_rule_a_guest_that_had_to_begin_without_its_state_gets_it_afterwards(wor
         world.cluster.wait_for("source.send.section")
         vm.wait_for_place("h2")
         source.kill()
-    wait_until("its port is open", lambda: world.cluster.is_open(vm, "h2"), 20.0)
+    wait_until("its port is open", lambda: world.cluster.is_open(vm, "h2"))
     assert not oracle.connections(world.cluster, "h2", vm), "its state came after all"
     world.cluster.restart(source)
     assert outcome(world, migration, reports) == "degraded"
@@ -53,8 +53,7 @@ def test_rule_a_dead_source_keeps_nothing_waiting(world: World) -> None:
     wait_until(
         "the destination has committed",
         lambda: any(committed for _, committed, _ in instances(world, "h2", vm)),
-        20.0,
-        0.002,
+        interval_s=0.002,
     )
     source = world.cluster.agents["h1"]
     source.kill()

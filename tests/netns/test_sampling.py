@@ -61,7 +61,7 @@ def estimate(told: list[Datagram], begin: int, end: int) -> None:
 def test_collectors_see_one_source_across_moves(world: World, collectors: Rig) -> None:
     vm, peer = world.vm("h1"), world.peer("h3")
     sample(world, vm, collectors.collectors, polling="1s", network_interface=9)
-    wait_until(lambda: record(world, vm, "h1"), "the port is sampled", 20)
+    wait_until(lambda: record(world, vm, "h1"), "the port is sampled")
     before = record(world, vm, "h1")
     streams = Streams(vm, peer, every_ms=1.0)
     marks = [int(before["pool"])]
@@ -91,7 +91,7 @@ def test_collectors_see_one_source_across_moves(world: World, collectors: Rig) -
     assert {flow.vlans for flow in flows} == {(0, 100), (100, 0)}
 
     assert world.cluster.cli("port", "unset", f"{vm.uuid}/{vm.ports[0].mac}", "sampling").returncode == 0
-    wait_until(lambda: not record(world, vm, "h1"), "the port is sampled no more", 20)
+    wait_until(lambda: not record(world, vm, "h1"), "the port is sampled no more")
     collectors.stop()
     flows = [flow for one in collectors.read() for flow in one.flows]
     size = sum(flow.frame_length for flow in flows)
@@ -119,7 +119,7 @@ def _agreed(world: World, vm: Machine, collectors: Rig) -> tuple[Record, list[Da
             and all(now["counters"][name] == samples[-1][its] for name, its in names.items())
         )
 
-    wait_until(agree, "collectors know what the switch has counted", 20)
+    wait_until(agree, "collectors know what the switch has counted")
     return found[-1]
 
 
@@ -134,7 +134,7 @@ def _bytes(one: Record) -> int:
 def test_an_agent_that_is_killed_goes_on(world: World, collectors: Rig) -> None:
     vm, peer = world.vm("h1"), world.peer("h3")
     sample(world, vm, collectors.collectors, polling="1s")
-    wait_until(lambda: record(world, vm, "h1"), "the port is sampled", 20)
+    wait_until(lambda: record(world, vm, "h1"), "the port is sampled")
     world.expected.append(".*")  # the agent's death is told of
     sender = peer.worker("probe")
     before, _ = _agreed(world, vm, collectors)
@@ -159,7 +159,7 @@ def test_a_destination_that_does_not_reach_a_collector_is_refused(world: World, 
     netns.ip("route", "add", f"{away}/32", "dev", "up0", namespace=world.cluster.name("h1"))
     try:
         sample(world, vm, [*collectors.collectors, away])
-        wait_until(lambda: record(world, vm, "h1"), "the port is sampled", 20)
+        wait_until(lambda: record(world, vm, "h1"), "the port is sampled")
         report = world.cluster.migrate(vm, "h2")
     finally:
         netns.ip("route", "del", f"{away}/32", "dev", "up0", namespace=world.cluster.name("h1"))
@@ -186,7 +186,7 @@ def test_collectors_complain_of_a_source_that_begins_anew(tmp_path: Path) -> Non
                     sender.sendto(b"\0\0\0\5 is no datagram", ("127.0.0.1", PLAIN))
             wait_until(lambda: len(made.datagrams) == 10, "all is heard")
             told = "expecting flow '4' but received '1'"
-            wait_until(lambda: any(told in line for line in made.complaints()), "sfacctd complains", 20)
+            wait_until(lambda: any(told in line for line in made.complaints()), "sfacctd complains")
             assert len(made.tshark()) == 5
             good = [read(data) for data in made.datagrams if len(data) > 100]
             with pytest.raises(AssertionError, match="datagrams: not one after the other"):

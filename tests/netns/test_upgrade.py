@@ -52,7 +52,7 @@ def replace(world: World, host: str, daemon: Daemon, end: Callable[[Daemon], obj
     if daemon.process is None:  # this test's own; others are stopped with the cluster
         world.cluster.stack.callback(daemon.stop)
     world.cluster.restart(daemon)
-    wait_until(f"{host} is there again", lambda: version(world, host), 20.0)
+    wait_until(f"{host} is there again", lambda: version(world, host))
 
 
 def version(world: World, host: str) -> str:

@@ -72,11 +72,11 @@ def test_what_is_told_is_what_the_guests_did(world: World, tmp_path: Path) -> No
         wait_until("the watch is current", whole.current, 30.0, explain=whole.said)
         known = {line["record"]["id"] for line in whole.ops("conntrack", "added")}
         newcomers.call("begin", address=vm.address, port=SERVICE, per_s=NEWCOMERS_PER_S)
-        wait_until("newcomers come", lambda: newcomers.call("status")["done"] >= NEWCOMERS_PER_S, 20.0)
+        wait_until("newcomers come", lambda: newcomers.call("status")["done"] >= NEWCOMERS_PER_S)
         for to in ("h2", "h1"):
             world.move(vm, to)
             goal = newcomers.call("status")["done"] + NEWCOMERS_PER_S
-            wait_until("newcomers come", lambda goal=goal: newcomers.call("status")["done"] >= goal, 20.0)
+            wait_until("newcomers come", lambda goal=goal: newcomers.call("status")["done"] >= goal)
         come = newcomers.call("finish", limit_s=15.0)
         assert not come["failed"]
         truth = Counter(come["ports"])
@@ -96,7 +96,7 @@ def test_what_is_told_is_what_the_guests_did(world: World, tmp_path: Path) -> No
         assert not [line for line in lines if line["op"] == "removed" and line["record"]["id"] in known]
         assert [line["host"] for line in whole.ops("port", "arrived")] == ["h1", "h2", "h1"]
         assert not whole.ops("", "lost") and not whole.said()
-        wait_until("the command has run", lambda: arrivals.exists() and arrivals.read_text().count("\n") >= 2, 20.0)
+        wait_until("the command has run", lambda: arrivals.exists() and arrivals.read_text().count("\n") >= 2)
         assert arrivals.read_text() == "arrived h2 1\narrived h1 1\n"
     lasting.assert_whole()
 

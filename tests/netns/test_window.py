@@ -31,7 +31,7 @@ def declare(world: World, machine: Machine, document: dict[str, Any] | None) -> 
     command = ["set", _key(machine), "window", json.dumps(document)] if document else ["unset", _key(machine), "window"]
     ran = world.cluster.cli("port", *command)
     assert ran.returncode == 0, ran.stderr + ran.stdout
-    wait_until("the agent has it", lambda: bool(shown(world, machine)) == bool(document), 20.0)
+    wait_until("the agent has it", lambda: bool(shown(world, machine)) == bool(document))
 
 
 def shown(world: World, machine: Machine) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def iperf(namespace: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     try:
         if "-s" in arguments:
-            wait_until("iperf3 listens", lambda: _listens(namespace), 20.0)
+            wait_until("iperf3 listens", lambda: _listens(namespace))
         yield process
     finally:
         process.kill()
@@ -80,7 +80,7 @@ def checked(world: World, machine: Machine) -> int:
 def run_across(world: World, vm: Machine, server: str, client: str, address: str) -> dict[str, Any]:
     """iperf3 in both directions at once, there and back meanwhile. Returns its summary."""
     with iperf(server, "-s", "-1"), iperf(client, "-c", address, "-t", "8", "-P", "2", "--bidir", "-J") as running:
-        wait_until("connections are checked", lambda: checked(world, vm) >= 4, 20.0)
+        wait_until("connections are checked", lambda: checked(world, vm) >= 4)
         for host in ("h2", "h1"):
             world.move(vm, host)
             assert checked(world, vm) >= 4, "the destination knows the windows"
@@ -174,23 +174,22 @@ def test_what_is_forged_does_not_reach_the_guest(world: World) -> None:
     capture.call("capture")
     with contextlib.closing(Link(world, vm, peer)) as link:
         link.forge()
-        wait_until("they are counted", lambda: outside(world, vm) == [0, link.forged], 10.0)
+        wait_until("they are counted", lambda: outside(world, vm) == [0, link.forged])
         before = link.forged
         with link.forging():
-            wait_until("the forger runs", lambda: link.forged > before + 30, 10.0)
+            wait_until("the forger runs", lambda: link.forged > before + 30)
             world.move(vm, "h2")
             link.exchange()
             moved = link.forged
-            wait_until("it goes on", lambda: link.forged > moved + 30, 10.0)
+            wait_until("it goes on", lambda: link.forged > moved + 30)
             world.move(vm, "h1")
         link.exchange()
         world.cluster.settled(vm)
         wait_until(
             "each is counted once, whichever host dropped it",
             lambda: outside(world, vm) == [0, link.forged],
-            20.0,
-            0.1,
-            lambda: f"{link.forged} forged, {outside(world, vm)} counted",
+            interval_s=0.1,
+            explain=lambda: f"{link.forged} forged, {outside(world, vm)} counted",
         )
         assert seen(capture) == 0
         link.exchange()
@@ -204,11 +203,11 @@ def test_without_the_option_it_does(world: World) -> None:
     capture.call("capture")
     with contextlib.closing(Link(world, vm, peer)) as link:
         link.forge()
-        wait_until("it comes to the guest", lambda: seen(capture) == 1, 10.0)
+        wait_until("it comes to the guest", lambda: seen(capture) == 1)
         assert outside(world, vm) == [0, 3]
         declare(world, vm, None)
         link.forge()
-        wait_until("it comes to the guest", lambda: seen(capture) == 2, 10.0)
+        wait_until("it comes to the guest", lambda: seen(capture) == 2)
         link.exchange()
 
 

@@ -74,7 +74,7 @@ def test_rule_nothing_is_lost_when_the_redirect_ends(world: World, network: str)
     wires, to, back = captured(world, streams, vm, peer)
     world.move(vm, "h2")
     assert instances(world, "h1", vm), "the redirect stands"
-    wait_until("the redirect ends", lambda: not instances(world, "h1", vm), 20.0)
+    wait_until("the redirect ends", lambda: not instances(world, "h1", vm))
     streams.run_on(100)
     streams.finish()
     for flow in (to, back):
@@ -156,7 +156,7 @@ def wait_for_device(world: World, vm: Machine, host: str) -> None:
         own = [port for port in world.cluster.ports(host) if port.instance.vm == vm.uuid]
         return any(port.instance.state == "staged" and port.device for port in own)
 
-    wait_until(f"{host} has the device", there, 20.0, 0.002)
+    wait_until(f"{host} has the device", there, interval_s=0.002)
 
 
 def test_rule_a_guest_that_stops_while_its_agent_has_no_cpu(world: World) -> None:
@@ -171,7 +171,7 @@ def test_rule_a_guest_that_stops_while_its_agent_has_no_cpu(world: World) -> Non
     try:
         wait_for_device(world, vm, "h2")
         os.kill(agent, signal.SIGSTOP)
-        wait_until("it stands", lambda: state_of(agent) == "T", 20.0, 0.0)
+        wait_until("it stands", lambda: state_of(agent) == "T", interval_s=0.0)
         vm.order("suspend")
         vm.wait_for_place("h2")
         mark = streams.sent(1)

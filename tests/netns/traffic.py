@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from migrator.lab.machines import Machine
-from migrator.lab.processes import Worker, wait_until
+from migrator.lab.processes import PATIENT_S, Worker, wait_until
 
 from .world import NUMBERS, SERVICE
 
@@ -45,7 +45,7 @@ class Conversations:
         self.clients.append(worker)
         self.total += count
 
-    def check(self, size: int = 2000, timeout_s: float = 15.0) -> dict[str, Any]:
+    def check(self, size: int = 2000, timeout_s: float = PATIENT_S) -> dict[str, Any]:
         """A message on each, there and back: connections lost, and bytes compared so far."""
         for client in self.clients:
             client.ask("check", size=size, timeout_s=timeout_s)

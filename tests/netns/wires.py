@@ -63,7 +63,7 @@ class Wires:
     def wait_for_tap(self, host: str, machine: Machine) -> None:
         """A move has made the device there, and it is captured."""
         name = device(machine, host)
-        wait_until(f"{name} is captured", lambda: name in self.workers[host].call("capturing")["devices"], 10.0)
+        wait_until(f"{name} is captured", lambda: name in self.workers[host].call("capturing")["devices"])
 
     def assert_lossless(self, flow: Flow) -> None:
         """Every number was sent once, came to one tap once, in order, and every host passed on what it got."""
