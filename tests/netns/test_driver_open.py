@@ -16,7 +16,7 @@ from datapath.errors import NotReady
 from datapath.provider import Place
 from datapath.state.kind import Table
 
-from .driver_lab import ANY, Guest, Host, rules, shelf, wait_until
+from .driver_lab import ANY, Guest, Host, hosts, rules, shelf, wait_until
 from .test_driver_move import NUMBERS, Stream, resolve
 
 ROUNDS = 10
@@ -110,3 +110,20 @@ def test_a_queue_that_is_made_longer_under_traffic_loses_nothing(
     assert got == list(range(stream.sent))
     assert gates == ["local shut"] * 2 * ROUNDS
     assert host.run(lambda: host.driver.port(vm.ref)).gate == "local"
+
+
+def test_an_uplink_that_goes_while_it_is_given_back_is_no_error() -> None:
+    """Another device has its name by then, and the one that was promiscuous is nowhere."""
+    with hosts(1) as (host,):
+        uplinks = host.driver._parts().uplinks
+
+        def exchanged() -> None:
+            with IPRoute() as route:
+                route.link("add", ifname="up0", kind="veth", peer="up0-far")
+                gone = uplinks.attach("up0")
+                route.link("del", index=gone)
+                route.link("add", ifname="up0", kind="veth", peer="up0-far")
+            uplinks.detach()
+
+        host.run(exchanged)
+        assert not uplinks.ifindex("up0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 from pyroute2 import IPRoute
@@ -61,9 +62,8 @@ class Uplinks:
         for name, ifindex in self._attached.items():
             self._attachments.detach(ifindex, Direction.INGRESS)
             self._kernel.devices.delete(ifindex)
-            if devices.link(name) is not None:
-                with IPRoute() as route, devices.kernel_errors(f"end promiscuity of {name}"):
-                    route.link("set", index=ifindex, flags=0, change=_PROMISC)
+            with IPRoute() as route, devices.kernel_errors(f"end promiscuity of {name}", errno.ENODEV):
+                route.link("set", index=ifindex, flags=0, change=_PROMISC)
         self._attached.clear()
 
 
