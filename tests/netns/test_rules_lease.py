@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from migrator.lab.errors import LabError
 from migrator.lab.processes import Daemon, Worker, wait_until
 from migrator.lab.topology import UPLINK
 from migrator.lab.workers import frames
@@ -108,7 +110,7 @@ def test_rule_leases_end_a_hold(world: World) -> None:
     wait_until("what comes now arrives", lambda: scene.wire.arrived(PEER, after))
     assert not scene.wire.arrived(PEER, before)
     scene.restart()
-    wait_until("what was held arrives", lambda: scene.wire.arrived(PEER, before), 20.0)
+    wait_until("what was held arrives", lambda: scene.wire.arrived(PEER, before))
     scene.ends("h1")
     assert not scene.dropped("h1")
 
@@ -163,13 +165,17 @@ def test_rule_leases_end_a_redirect(world: World) -> None:
     number = 0
 
     def passes() -> bool:
+        """A second is more than it takes, also on a machine that does much besides."""
         nonlocal number
         number += 1
-        beside.send(PEER, scene.numbered(PEER, number, beside))
-        return beside.arrived(PEER, scene.numbered(PEER, max(1, number - 5), beside))
+        stray = scene.numbered(PEER, number, beside)
+        beside.send(PEER, stray)
+        with contextlib.suppress(LabError):
+            return bool(wait_until("the stray comes", lambda: beside.arrived(PEER, stray), 1.0))
+        return False
 
     wait_until("strays are redirected", passes, LEASE_S, 0.005)
-    wait_until("no stray is redirected any more", lambda: not passes(), LEASE_S + 5, 0.02)
+    wait_until("no stray is redirected any more", lambda: not passes(), LEASE_S + 6, 0.02)
     assert since(scene.died) > LEASE_S * 0.5, "the redirect ended long before its lease"
     scene.wire.pass_through(PEER, scene.numbered(PEER, 20_000))  # who knows the place is not concerned
     scene.restart()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from migrator._pb import migrator_pb2 as pb
-from migrator.lab.processes import Daemon, wait_until
+from migrator.lab.processes import PATIENT_S, Daemon, wait_until
 
 from .sandbox import Unit, allowed
 from .standing import StandingCluster
@@ -27,7 +27,7 @@ UNITS = ROOT / "hooks" / "systemd"
 SECURITY = ROOT / "docs" / "security.md"
 SANDBOX = Path(__file__).with_name("sandbox.py")
 NAMES = sorted(unit.name for unit in UNITS.glob("*.service"))
-WAIT_S = 15.0
+WAIT_S = PATIENT_S
 NOBODY = 65534
 AGENT, COORDINATOR = "migrator-agent.service", "migrator-coordinator.service"
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import select
@@ -18,6 +19,7 @@ from datapath.drivers.ebpf.takeover import Takeover
 from datapath.errors import KernelError, NotReady, UnsupportedKind
 from datapath.state.conntrack import CONNTRACK, STATES, TIMEOUTS
 from datapath.state.kind import Table
+from migrator.lab.processes import PATIENT_S
 
 from .driver_lab import Guest, Host, hosts, wait_until
 from .test_driver_tables import connections
@@ -66,13 +68,24 @@ class Talk:
 
     def run_on(self, count: int = 300) -> None:
         goal = len(self.answers) + count
-        wait_until(lambda: len(self.answers) >= goal, f"{goal} answers", 20)
+        wait_until(lambda: len(self.answers) >= goal, f"{goal} answers")
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Nothing more is sent meanwhile: what is held has its limit, and a restart may take a minute."""
+        self._rest()
+        yield
+        self._sending = True
+
+    def _rest(self) -> None:
+        self._sent_all.clear()
+        self._sending = False
+        assert self._sent_all.wait(PATIENT_S)
 
     def finish(self) -> None:
         """Each has come back, once and in order."""
-        self._sending = False
-        assert self._sent_all.wait(20)
-        wait_until(lambda: len(self.answers) >= self.sent, f"answers to all of {self.sent}", 20)
+        self._rest()
+        wait_until(lambda: len(self.answers) >= self.sent, f"answers to all of {self.sent}")
         self.close()
         assert self.answers == list(range(self.sent))
 
@@ -193,6 +206,11 @@ def test_an_agent_that_dies_after_the_turn_finishes_later(
     assert_counted_once(host, pair[0], talk)
 
 
+def held(host: Host, guest: Guest) -> int:
+    status = host.run(lambda: host.driver.port(guest.ref))
+    return status.held_to + status.held_from
+
+
 def test_what_has_no_place_is_refused_and_the_old_programs_go_on(
     host: Host, pair: tuple[Guest, Guest], talk: Talk
 ) -> None:
@@ -208,9 +226,11 @@ def test_what_has_no_place_is_refused_and_the_old_programs_go_on(
         talk.run_on()
     restart(host)
     host.run(lambda: host.driver.hold(pair[0].ref))
-    with pytest.raises(NotReady, match="takes part in a migration"):
-        restart(host, slots=64)
-    restart(host, slots=32)
+    wait_until(lambda: held(host, pair[0]) >= 100, "frames are held")
+    with talk.resting():
+        with pytest.raises(NotReady, match="takes part in a migration"):
+            restart(host, slots=64)
+        restart(host, slots=32)
     host.run(lambda: host.driver.resume(pair[0].ref))
     talk.finish()
 
