@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 from pyroute2 import IPRoute
 
 from datapath.drivers.ebpf.holds import HoldTap, Pump
+from datapath.drivers.ebpf.layout import C
 
 from .private import ETH_P_ALL, private_namespace, raw_socket
 from .test_attach_taps import frame, headed, put
@@ -52,6 +54,18 @@ def test_what_the_device_refuses_stays_in_order(hold: HoldTap) -> None:
     with raw_socket(hold.ifindex, ETH_P_ALL) as watcher:
         assert hold.pump(counting(5)) == Pump(5, 0, 0)
         assert [watcher.recv(2000) for _ in frames] == frames
+
+
+@pytest.mark.parametrize("read", range(0, 33, 5))
+def test_a_full_hold_has_room_for_as_many_as_have_left(hold: HoldTap, read: int) -> None:
+    """The kernel's ring gives places back sixteen at a time: at once, or what joins a hold that is full is lost there
+    while the programs count it as held, for ever."""
+    full = C.HOLD_FRAMES
+    put(hold, headed([frame(number) for number in range(full)]))
+    for _ in range(read):
+        os.read(hold.fd, 2000)
+    put(hold, headed([frame(number) for number in range(full, full + read)]))
+    assert len(hold.drain()) == full
 
 
 def counting(frames: int) -> Callable[[], int]:

@@ -17,7 +17,7 @@ from pyroute2 import IPRoute
 from datapath.drivers.ebpf import devices, taps, tun
 from datapath.drivers.ebpf.devices import Link, Watch
 from datapath.drivers.ebpf.driver import EbpfDriver
-from datapath.drivers.ebpf.holds import QUEUE_LENGTH, HoldTap, Pump
+from datapath.drivers.ebpf.holds import TAP_LENGTH, HoldTap, Pump
 from datapath.drivers.ebpf.keeper import Keeper
 from datapath.drivers.ebpf.taps import GuestTap
 from datapath.errors import FeatureMissing, KernelError
@@ -106,8 +106,8 @@ def test_a_hold_tap_keeps_sixteen_thousand_frames_unchanged() -> None:
 
 def test_a_queue_that_is_full_says_so() -> None:
     hold = HoldTap("hold0")
-    taken = tun.inject(hold.ifindex, headed([frame(number) for number in range(QUEUE_LENGTH + 10)]))
-    assert HELD <= taken <= QUEUE_LENGTH
+    taken = tun.inject(hold.ifindex, headed([frame(number) for number in range(TAP_LENGTH + 10)]))
+    assert HELD <= taken <= TAP_LENGTH
     assert len(hold.drain()) == taken
     hold.destroy()
 

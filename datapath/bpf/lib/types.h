@@ -22,7 +22,7 @@
 #define NETWORKS_DEFAULT 4096
 #define HOSTS_DEFAULT    4096
 #define FLOOD_MEMBERS    1024  /* members of one network on one host */
-#define HOLD_FRAMES      16383 /* that wait in one hold tap at most: its queue (txqueuelen 16384) never overflows */
+#define HOLD_FRAMES      16383 /* that wait in one hold tap at most: its queue has room for more (holds.py) */
 
 /* ---- ports -------------------------------------------------------------------------------------------------- */
 

@@ -22,7 +22,11 @@ from datapath.drivers.ebpf.keeper import Keeper
 from datapath.drivers.ebpf.maps import Handle
 from datapath.errors import KernelError
 
-QUEUE_LENGTH = 16384  # frames; the tap takes one less
+QUEUE_LENGTH = 16384  # frames: what a guest's device has to take when a hold is given back
+TAP_LENGTH = QUEUE_LENGTH + 64
+"""Frames that a hold tap's own queue has places for. More than programs put in (HOLD_FRAMES): the kernel gives back the
+places of frames that were read sixteen at a time (__ptr_ring_discard_one, linux/ptr_ring.h). What finds none meanwhile
+is dropped behind the program's back, which counts it as held for ever."""
 MTU = 65521
 PUMP_MOST_S = 60.0
 _LOOK_AGAIN_MS = 1
@@ -63,9 +67,9 @@ class HoldTap(Handle):
     def _set_up(self) -> int:
         devices.quiet(self.name)  # before it is up: the kernel shall send nothing of its own
         there = devices.link(self.name)
-        if there is None or (there.up, there.mtu, there.queue) != (True, MTU, QUEUE_LENGTH):
+        if there is None or (there.up, there.mtu, there.queue) != (True, MTU, TAP_LENGTH):
             with IPRoute() as route, devices.kernel_errors(f"set up hold tap {self.name}"):
-                route.link("set", ifname=self.name, txqlen=QUEUE_LENGTH, mtu=MTU, state="up")
+                route.link("set", ifname=self.name, txqlen=TAP_LENGTH, mtu=MTU, state="up")
             there = devices.link(self.name)
         if there is None:
             raise KernelError(f"hold tap {self.name}", errno.ENODEV)
