@@ -171,9 +171,11 @@ def _tap(_: Mapping[str, Any]) -> None:
 
 
 def _shaping(_: Mapping[str, Any]) -> None:
-    with IPRoute() as route, devices.kernel_errors("make a veth pair"):
+    with IPRoute() as route, devices.kernel_errors("make a veth pair and a macvlan on it"):
         route.link("add", ifname="probe0", kind="veth", peer={"ifname": "probe1"})
-    link = devices.link("probe0")
+        below = route.link_lookup(ifname="probe0")[0]
+        route.link("add", ifname="probe2", kind="macvlan", link=below, macvlan_mode="private")
+    link = devices.link("probe2")
     if link is not None:
         htb.set_root(link.ifindex)
         htb.set_class(link.ifindex, 1, 1_000_000, 100_000)
@@ -213,9 +215,10 @@ PROBES = (
     Probe("vxlan, external with GBP", _vxlan, f"modprobe vxlan (CONFIG_VXLAN; {_MODULES})", devices=True),
     Probe("tap with vnet header", _tap, f"modprobe tun (CONFIG_TUN; {_MODULES})", devices=True),
     Probe(
-        "HTB on veth (qos: shape)",
+        "HTB on macvlan (qos: shape)",
         _shaping,
-        f"modprobe -a sch_htb veth (CONFIG_NET_SCH_HTB, CONFIG_VETH; {_MODULES}), or police instead of shape",
+        "modprobe -a sch_htb macvlan veth (CONFIG_NET_SCH_HTB, CONFIG_MACVLAN, CONFIG_VETH; "
+        f"{_MODULES}), or police instead of shape",
         needed=False,
         devices=True,
     ),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Ingress of the device behind the shaper: frames of guests that were judged and counted, and have waited. Only now is
+ * Egress of the device below the shaper: frames of guests that were judged and counted, and have waited. Only now is
  * it looked up where they go. Frames of a guest that has left would move its MAC back: the agent empties the queue
  * before that, and what is late all the same ends here.
  */

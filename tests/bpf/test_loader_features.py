@@ -75,7 +75,8 @@ def test_without_htb_the_host_says_that_it_cannot_shape(
     """A kernel without the module knows no such kind of qdisc."""
     monkeypatch.setattr(htb, "IPRoute", WithoutHtb)
     assert all(there for _, there, _ in EbpfDriver.check({})), "the switch runs"
-    assert "HTB on veth (qos: shape) is not there" in caplog.text and "modprobe -a sch_htb veth" in caplog.text
+    assert "HTB on macvlan (qos: shape) is not there" in caplog.text
+    assert "modprobe -a sch_htb macvlan veth" in caplog.text
 
 
 def test_a_process_without_rights_is_told_each() -> None:
@@ -85,7 +86,7 @@ def test_a_process_without_rights_is_told_each() -> None:
         assert not there[name]
     assert not there["tap with vnet header"]
     assert not there["bpffs"]
-    assert not there["HTB on veth (qos: shape)"]
+    assert not there["HTB on macvlan (qos: shape)"]
     assert there["libbpf 1.0"]
     assert all(line.split("|")[2] for line in run.stdout.splitlines()), "each says how to get it"
 

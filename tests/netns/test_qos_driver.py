@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +20,9 @@ from datapath.provider import Need, PortRef
 from datapath.state.kind import Op, Table
 from datapath.state.qos import QOS, QosDocument
 
+from . import messages
 from .driver_lab import Guest, Host, shelf, wait_until
+from .private import ETH_P_ALL
 
 PORT = 9000
 BOTH = {"from": {"rate": "4mbit", "burst": "256KiB"}, "to": {"rate": "4mbit", "burst": "256KiB"}}
@@ -232,3 +237,65 @@ def test_what_waits_at_the_pause_leaves_before_it_whole_and_in_order(host: Host,
         host.run(lambda: host.driver.resume(guest.ref))
         back = classes(host)[0] if direction == "from" else tc(host, "class", "show", "dev", guest.device)
         assert "rate 4Mbit" in back
+
+
+FRAMES, ROUNDS, FLOOD_BYTES = 256, 100, 200
+
+
+def test_frames_that_several_cpus_let_out_of_the_shaper_stay_in_order(host: Host) -> None:
+    """Two guests, each on a CPU of its own: whoever sends lets out what waits, the other's frames too."""
+    senders, peer = [host.guest("10.0.0.1"), host.guest("10.0.0.2")], host.guest("10.0.0.3")
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    for guest in senders:
+        limit(host, guest, **{"from": {"rate": "32gbit"}})
+    with contextlib.ExitStack() as stack:
+        into = stack.enter_context(peer.socket(socket.SOCK_DGRAM))
+        into.bind(("0.0.0.0", PORT))
+        seen = stack.enter_context(outgoing(host, peer.device))
+        floods = [
+            threading.Thread(target=flood, args=(stack.enter_context(guest.socket(socket.SOCK_DGRAM)), peer, cpu))
+            for guest, cpu in zip(senders, cpus * 2, strict=False)
+        ]
+        for thread in floods:
+            thread.start()
+        for thread in floods:
+            thread.join()
+        found = numbers(seen, {guest.address for guest in senders})
+    for guest in senders:
+        assert len(found[guest.address]) > FRAMES, "they were seen"
+        assert found[guest.address] == sorted(found[guest.address])
+
+
+def outgoing(host: Host, device: str) -> socket.socket:
+    """Sees frames in the order in which the switch hands them to a device."""
+
+    def make() -> socket.socket:
+        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+        made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 28)
+        made.bind((device, ETH_P_ALL))
+        made.setblocking(False)
+        return made
+
+    return host.run(make)
+
+
+def flood(out: socket.socket, peer: Guest, cpu: int) -> None:
+    """Numbered datagrams from one CPU, as fast as the kernel takes them."""
+    os.sched_setaffinity(0, {cpu})  # of this thread
+    out.connect((peer.address, PORT))
+    out.setblocking(True)
+    out.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("=qq", 30, 0))
+    for first in range(0, ROUNDS * FRAMES, FRAMES):
+        messages.send(out, [_NUMBER.pack(number).ljust(FLOOD_BYTES, b".") for number in range(first, first + FRAMES)])
+
+
+def numbers(seen: socket.socket, senders: set[str]) -> dict[str, list[int]]:
+    """By sender, what was seen of their floods."""
+    found: dict[str, list[int]] = {sender: [] for sender in senders}
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            frame, (_, _, kind, *_) = seen.recvfrom(2000)
+            sender = socket.inet_ntoa(frame[26:30])
+            if kind == socket.PACKET_OUTGOING and sender in found and len(frame) == 42 + FLOOD_BYTES:
+                found[sender].append(_NUMBER.unpack_from(frame, 42)[0])
+    return found

@@ -135,7 +135,7 @@ enum device_role {
 	DEVICE_UPLINK = 5,
 	DEVICE_TUNNEL = 6,
 	DEVICE_INJECT = 7, /* frames of the agent as if the guest sent them now, behind those that are held */
-	DEVICE_SHAPER = 8, /* behind the shaper: frames of guests that have waited there */
+	DEVICE_SHAPER = 8, /* below the shaper: frames of guests that have waited there */
 	DEVICE_CUTTER = 9, /* copies of mirrors go through its egress to be cut */
 };
 

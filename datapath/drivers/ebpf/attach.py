@@ -48,7 +48,7 @@ def program_of(role: int, direction: Direction) -> str:
     if role == C.DEVICE_PORT:
         return "from_port" if direction is Direction.INGRESS else "to_port"
     if direction is Direction.EGRESS:
-        return "to_cutter" if role == C.DEVICE_CUTTER else ""
+        return {C.DEVICE_CUTTER: "to_cutter", C.DEVICE_SHAPER: "from_shaper"}.get(role, "")
     own = {C.DEVICE_UPLINK: "from_uplink", C.DEVICE_TUNNEL: "from_tunnel", C.DEVICE_SHAPER: "from_shaper"}
     return own.get(role, "from_hold" if role else "")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datapath.drivers.ebpf import htb
-from datapath.drivers.ebpf.clock import ktime_ns
+from datapath.drivers.ebpf.clock import barrier, ktime_ns
 from datapath.drivers.ebpf.instances import Instance
 from datapath.drivers.ebpf.kindtable import KindTable
 from datapath.drivers.ebpf.layout import C
@@ -231,6 +231,8 @@ class Qos(KindTable):
         if instance.slot not in self._open and _waiting(classes):  # an agent that started again closed them
             self.held(instance)
         self._wait_empty(instance, classes)
+        if classes:
+            barrier()  # what left a queue last has reached the wire
 
     def _wait_empty(self, instance: Instance, classes: Sequence[_Class]) -> None:
         deadline = time.monotonic() + _EMPTY_S

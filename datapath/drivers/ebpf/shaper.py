@@ -1,24 +1,28 @@
-"""Where frames from guests wait: a veth pair a host with HTB at one end and a program at the other.
+"""Where frames from guests wait: HTB on a device of its own, and a program that each frame meets as it leaves.
 
-From a port's program into the near end, whose HTB has a class for each port that shapes, out of the far end into
-from_shaper, which looks up where the frame goes by then. The pair is there while a port needs it. IFB would spare a
-device, but what leaves it meets no program any more.
+From a port's program into a macvlan, whose HTB has a class for each port that shapes; what that lets out meets
+from_shaper at the egress of the device below, on the same call: one after the other, on however many CPUs the guests
+are, and when the queue is empty nothing is on its way. from_shaper looks up where the frame goes by then. A veth pair
+without macvlan would do with a device less, but its far end takes in what each CPU sent on that CPU, in no order
+between them; behind IFB no program sees the frame any more. The device below is a veth whose other end only keeps it
+up: no frame gets there. All are there while a port needs them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import socket
 import threading
 
-from pyroute2 import IPRoute
+from pyroute2 import IPRoute, NetlinkError
 
 from datapath.drivers.ebpf import devices, htb
 from datapath.drivers.ebpf.attach import Attachments, Direction
 from datapath.drivers.ebpf.devices import kernel_errors
 from datapath.drivers.ebpf.kernel import Kernel
 from datapath.drivers.ebpf.layout import C
-from datapath.errors import KernelError
+from datapath.errors import FeatureMissing, KernelError
 
 _QUEUE = 65_536  # frames a class
 _MTU = 65_535
@@ -29,7 +33,7 @@ class Shaper:
 
     def __init__(self, kernel: Kernel, attachments: Attachments, prefix: str) -> None:
         self._kernel, self._attachments = kernel, attachments
-        self._near, self._far = f"{prefix}q0", f"{prefix}q1"
+        self._queue, self._below, self._carrier = (f"{prefix}q{number}" for number in range(3))
         self._used: set[int] = set()
         self.ifindex = 0  # that frames wait in, 0 while no port shapes
         self._lock = threading.Lock()
@@ -56,7 +60,7 @@ class Shaper:
                 self._tidy()
 
     def remove(self) -> None:
-        """Take the pair off the host."""
+        """Take the devices off the host."""
         with self._lock:
             self._used.clear()
             self._tidy()
@@ -65,36 +69,57 @@ class Shaper:
         if self.ifindex:
             return
         with contextlib.ExitStack() as undo:
-            if devices.link(self._near) is None:
+            if devices.link(self._queue) is None:
                 undo.callback(self._tidy)
                 self._add()
             self._take()
             undo.pop_all()
 
     def _take(self) -> None:
-        """The pair is there, whoever made it."""
-        near, far = devices.link(self._near), devices.link(self._far)
-        if near is None or far is None:
-            raise KernelError(f"shaper {self._near}", errno.ENODEV, hint="delete what is left of the pair")
-        htb.set_root(near.ifindex)
-        self._kernel.devices.set(far.ifindex, (0, C.DEVICE_SHAPER))
-        self._attachments.attach(far.ifindex, Direction.INGRESS, self._kernel.switch.program("from_shaper"))
-        self.ifindex = near.ifindex
+        """The devices are there, whoever made them."""
+        queue, below = devices.link(self._queue), devices.link(self._below)
+        if queue is None or below is None:
+            raise KernelError(f"shaper {self._queue}", errno.ENODEV, hint=f"delete {self._queue}: it is made anew")
+        htb.set_root(queue.ifindex)
+        self._kernel.devices.set(below.ifindex, (0, C.DEVICE_SHAPER))
+        self._attachments.attach(below.ifindex, self._side(queue), self._kernel.switch.program("from_shaper"))
+        self.ifindex = queue.ifindex
+
+    def _side(self, queue: devices.Link) -> Direction:
+        """Where frames meet the program: an earlier version's queue is the other end of the veth pair itself. That
+        stays, with what waits in it, until no port shapes."""
+        with IPRoute() as route, kernel_errors(f"look at {queue.name}"):
+            kind = route.link("get", index=queue.ifindex)[0].get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND")
+        return Direction.INGRESS if kind == "veth" else Direction.EGRESS
 
     def _add(self) -> None:
-        with IPRoute() as route, kernel_errors(f"make shaper {self._near}"):
-            route.link("add", ifname=self._near, kind="veth", peer={"ifname": self._far})
-            for name in (self._near, self._far):
-                devices.quiet(name)
-                route.link("set", ifname=name, mtu=_MTU, txqlen=_QUEUE, state="up")
+        devices.remove(self._below)  # left when somebody deleted the queue
+        with IPRoute() as route, kernel_errors(f"make shaper {self._queue}"):
+            route.link("add", ifname=self._below, kind="veth", peer={"ifname": self._carrier})
+            for name in (self._below, self._carrier):
+                self._up(route, name)
+            below = socket.if_nametoindex(self._below)
+            try:
+                route.link("add", ifname=self._queue, kind="macvlan", link=below, macvlan_mode="private")
+            except NetlinkError as error:
+                if error.code == errno.EOPNOTSUPP:
+                    raise FeatureMissing("no macvlan", hint="load the macvlan module (CONFIG_MACVLAN)") from None
+                raise
+            self._up(route, self._queue)
+
+    @staticmethod
+    def _up(route: IPRoute, name: str) -> None:
+        devices.quiet(name)
+        route.link("set", ifname=name, mtu=_MTU, txqlen=_QUEUE, state="up")
 
     def _tidy(self) -> None:
         if self._used:
             return
-        far = devices.link(self._far)
-        if far is not None:
-            with contextlib.suppress(KernelError):
-                self._attachments.detach(far.ifindex, Direction.INGRESS)
-            self._kernel.devices.delete(far.ifindex)
-        devices.remove(self._near)
+        below = devices.link(self._below)
+        if below is not None:
+            for side in Direction:
+                with contextlib.suppress(KernelError):
+                    self._attachments.detach(below.ifindex, side)
+            self._kernel.devices.delete(below.ifindex)
+        devices.remove(self._below)  # the others go with it
         self.ifindex = 0
