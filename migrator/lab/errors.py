@@ -12,3 +12,7 @@ class LabError(Error):
 
 class WorkerFailed(LabError):
     """A worker process answered with an error, not at all, or died."""
+
+
+class TooSlow(LabError):
+    """This machine could not give what a test needs: the test begins anew, a few times at most."""

@@ -17,7 +17,7 @@ from typing import Any
 from migrator.lab import netns
 from migrator.lab.errors import LabError, WorkerFailed
 
-PATIENT_S = 30.0
+PATIENT_S = 60.0
 """For what need only happen at all: a loaded machine takes many times as long as one that is not."""
 
 

@@ -18,6 +18,7 @@ from .lab import GuestMachine, LibvirtCluster, add_guest, migrate
 from .strictly import StrictCluster, guarded
 
 GUEST = Port("52:54:00:00:00:10", "blue", ("10.1.0.1",))
+SETTLED_S = 120.0
 PEER = Port("52:54:00:00:00:20", "blue", ("10.1.0.2",))
 
 
@@ -51,7 +52,7 @@ class Bench:
 
     def settled(self) -> None:
         """All its moves have ended, and it has ports where it runs and nowhere else."""
-        wait_until("all is settled", lambda: not self.left(), 45.0, explain=self.left)
+        wait_until("all is settled", lambda: not self.left(), SETTLED_S, explain=self.left)
 
     def go_home(self) -> None:
         """To h1, by the move that has to work after whatever went wrong before."""

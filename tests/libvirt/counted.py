@@ -33,7 +33,7 @@ class CountedTraffic(Traffic):
         found = {}
         for way, flow, at in WAYS:
             sent = int(self.probes[way].call("sending", flow=flow)["sent"])
-            wait_until(f"later ones of {way} came", partial(self._reached, at, flow, sent + BEHIND), 20.0)
+            wait_until(f"later ones of {way} came", partial(self._reached, at, flow, sent + BEHIND))
             report = self._report(at, flow, below=sent)
             now, (lost, doubled) = (report["missing_count"], report["doubled"]), self._known[way]
             found[way], self._known[way] = (now[0] - lost, now[1] - doubled), now

@@ -24,7 +24,7 @@ from datapath.errors import Error
 from migrator.agent.libvirt.guests import LibvirtGuests
 from migrator.agent.switchover import MEMORY_POLL_S
 from migrator.errors import error_name
-from migrator.lab.processes import wait_until
+from migrator.lab.processes import PATIENT_S, wait_until
 
 Words = list[dict[str, Any]]
 
@@ -59,7 +59,7 @@ class Driven:
         self.process.stdin.flush()
         return self._number
 
-    def answer(self, number: int, timeout_s: float = 15.0) -> Any:
+    def answer(self, number: int, timeout_s: float = PATIENT_S) -> Any:
         """What the driver returned. Raises AssertionError for what it raised."""
         with self._news:
             assert self._news.wait_for(lambda: number in self._answers, timeout_s), "the driver does not answer"
@@ -74,14 +74,14 @@ class Driven:
         """Why the driver refuses it."""
         number = self.ask(op, **arguments)
         with self._news:
-            assert self._news.wait_for(lambda: number in self._answers, 15.0), "the driver does not answer"
+            assert self._news.wait_for(lambda: number in self._answers, PATIENT_S), "the driver does not answer"
             return str(self._answers.pop(number).get("error", ""))
 
     def words(self, vm: str) -> list[tuple[str, bool, str]]:
         """What was told of a VM: what, moving, reason."""
         return [(e["what"], e["moving"], e["reason"]) for e in list(self.events) if e["vm"] == vm]
 
-    def until(self, what: str, found: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+    def until(self, what: str, found: Callable[[], Any], timeout_s: float = PATIENT_S) -> Any:
         return wait_until(what, found, timeout_s, explain=lambda: json.dumps(self.events[-10:]))
 
 

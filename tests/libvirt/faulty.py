@@ -25,9 +25,8 @@ from tests.netns.matrix_traffic import Going
 
 from .bench import GUEST, PEER
 from .counted import CountedTraffic
-from .hooked import LIVE, OPEN, OUT, Moving, install, metadata, reports
+from .hooked import LIVE, MOVED_S, OPEN, OUT, UNHURRIED, Moving, install, metadata, reports
 from .lab import GuestMachine, LibvirtCluster, NotWhole, add_guest, migrate
-from .test_killed import UNHURRIED
 
 UNHURRIED_DEADLINES = {"switchover_s": 10.0}
 """An emulated guest on a busy machine stands for seconds."""
@@ -107,8 +106,10 @@ class GuestStage(Stage):
 
     def _move_to(self, to: str) -> pb.Migration:
         said: list[str] = []
-        wait_until("the next migration may begin", lambda: self._libvirt_moves(to, said), 40.0, 0.5, lambda: said[-1])
-        report = wait_until("it has ended", self._last_ended, 30.0, 0.05)
+        wait_until(
+            "the next migration may begin", lambda: self._libvirt_moves(to, said), MOVED_S, 0.5, lambda: said[-1]
+        )
+        report = wait_until("it has ended", self._last_ended, MOVED_S, 0.05)
         assert report.outcome == "complete", f"the next migration: {report.outcome}: {report.reason}"
         return report
 
@@ -188,7 +189,7 @@ class GuestMove(Moving):
         return self._thread.is_alive()
 
     def join(self, timeout: float | None = None) -> None:
-        super().join(60.0 if timeout is None else timeout)
+        super().join(MOVED_S if timeout is None else max(timeout, MOVED_S))
 
 
 class CalledOff(GuestMove):

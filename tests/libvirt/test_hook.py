@@ -57,7 +57,7 @@ def nothing_at(cluster: LibvirtCluster, host: str, guest: GuestMachine) -> None:
         remains = [name for names in cluster.remains(host).values() for name in names]
         return [name for name in remains if guest.uuid in name]
 
-    wait_until(f"nothing of {guest.name} is left at {host}", lambda: not left(), 15.0, explain=left)
+    wait_until(f"nothing of {guest.name} is left at {host}", lambda: not left(), explain=left)
     assert guest.ports[0].device not in netns.ip("-o", "link", namespace=cluster.name(host))
 
 

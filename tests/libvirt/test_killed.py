@@ -17,10 +17,9 @@ from migrator import faults
 from tests.netns import standing
 
 from .bench import Bench, Kept, killable
-from .hooked import LIVE, Moving
+from .hooked import LIVE, UNHURRIED, Moving
 
 pytestmark = pytest.mark.slow
-UNHURRIED = 24  # MiB/s: on a busy machine, too, the agent stops the guest before QEMU can
 HOOKS = {"h1": ("stopped", "release"), "h2": ("migrate", "prepare", "start", "started")}
 """Operations of the hook in a move from h1 to h2, each at its host."""
 DAEMONS = ("h1", "h2", "coordinator")

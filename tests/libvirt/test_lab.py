@@ -18,7 +18,7 @@ import pytest
 from migrator.lab import netns
 from migrator.lab.errors import LabError
 from migrator.lab.machines import Machine, Port
-from migrator.lab.processes import wait_until
+from migrator.lab.processes import PATIENT_S, wait_until
 from migrator.lab.topology import Lab
 from migrator.lab.workers.probe import FORMAT, MAGIC
 
@@ -54,7 +54,7 @@ def test_a_guest_moves_there_and_back_and_keeps_its_connections(
         assert migrate(clean_guest, to).passes <= 3
         assert clean_guest.place() == to
         for talker in talkers:
-            checked = talker.call("check", size=2000, timeout_s=15)
+            checked = talker.call("check", size=2000, timeout_s=PATIENT_S)
             assert (checked["total"], checked["lost"]) == (20, 0), checked["reasons"]
     monkeypatch.setattr(guests, "MAX_PASSES", 0)
     with pytest.raises(LabError, match="corrupts"):
@@ -95,7 +95,7 @@ def test_numbers_flow_both_ways(clean_guest: GuestMachine, outsider: Machine, ip
     outside.call("send", flow=1, address=addresses[0], port=port, every_ms=2)
     inside.call("send", flow=2, address=addresses[1], port=port, every_ms=2)
     for receiver, sender, flow in ((inside, outside, 1), (outside, inside, 2)):
-        wait_until(f"flow {flow}", partial(_reached, receiver, flow, 300), 20.0)
+        wait_until(f"flow {flow}", partial(_reached, receiver, flow, 300))
         sent = sender.call("stop", flow=flow)["sent"]
         report = wait_until("the last came", partial(_reached, receiver, flow, sent - 1))
         assert (report["missing_count"], report["doubled"], report["overtaken"]) == (0, 0, 0)
@@ -129,7 +129,7 @@ def test_wrong_bytes_are_seen_inside(clean_guest: GuestMachine, outsider: Machin
         served, _ = listener.accept()
         with served:
             served.settimeout(10)
-            worker.ask("check", size=64, timeout_s=10)
+            worker.ask("check", size=64, timeout_s=PATIENT_S)
             data = bytearray(served.recv(64, socket.MSG_WAITALL))
             data[40] ^= 1
             served.sendall(data)
@@ -207,7 +207,7 @@ def test_nothing_is_left(end: signal.Signals) -> None:
         prefix, directory = lab.stdout.readline().split()
         assert _of(directory), "the lab has no processes that one could find"
         lab.send_signal(end)
-    wait_until("its processes have ended", lambda: not _of(directory), 10.0, explain=lambda: _of(directory))
+    wait_until("its processes have ended", lambda: not _of(directory), explain=lambda: _of(directory))
     if end == signal.SIGKILL:  # the kernel ended the hosts; the next lab removes what is no process
         with Lab(("h1",)):
             pass

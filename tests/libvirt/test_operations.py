@@ -16,7 +16,7 @@ import pytest
 
 from migrator.lab import netns
 from migrator.lab.machines import Port, add_outsider
-from migrator.lab.processes import wait_until
+from migrator.lab.processes import PATIENT_S, wait_until
 
 from .lab import GuestMachine, LibvirtLab, Wiring, add_guest, allow_downtime
 
@@ -139,9 +139,9 @@ def test_the_guide_works_as_it_stands(lab: LibvirtLab) -> None:
             allow_downtime(guest)  # emulated: docs/operations.md says so below
         output = "".join(run(lab, host, commands) for host in hosts)
         if "--key ports --live --set" in commands:
-            wait_until("the port is open", lambda: is_open(lab, "h1"), 20.0)
+            wait_until("the port is open", lambda: is_open(lab, "h1"))
         elif "--live --remove" in commands:
-            wait_until("the port has ended", lambda: not ports(lab, "h1"), 20.0)
+            wait_until("the port has ended", lambda: not ports(lab, "h1"))
         elif "port enforce" in commands:
             talk = peer.worker("tcp")
             made = talk.call("connect", address="10.1.0.1", port=SERVICE, count=20)
@@ -149,9 +149,9 @@ def test_the_guide_works_as_it_stands(lab: LibvirtLab) -> None:
         elif "virsh migrate" in commands or "migrator migrate" in commands:
             assert "complete" in output, output
             assert guest.place() == ("h2" if "virsh" in commands else "h1")
-            assert talk is not None and talk.call("check", size=2000, timeout_s=30)["lost"] == 0
+            assert talk is not None and talk.call("check", size=2000, timeout_s=PATIENT_S)["lost"] == 0
         elif "systemctl restart" in commands:
-            assert talk is not None and talk.call("check", size=2000, timeout_s=30)["lost"] == 0
+            assert talk is not None and talk.call("check", size=2000, timeout_s=PATIENT_S)["lost"] == 0
     assert talk is not None
     gone(lab, guest)
 

@@ -15,7 +15,7 @@ import pytest
 from migrator._pb import migrator_pb2 as pb
 from migrator.lab import netns
 from migrator.lab.machines import Machine, Port, add_outsider, add_peer
-from migrator.lab.processes import wait_until
+from migrator.lab.processes import PATIENT_S, wait_until
 
 from .lab import GuestMachine, LibvirtCluster, Wiring, add_guest
 
@@ -106,7 +106,7 @@ class Guests:
         return self.cluster.agents["h1"].tail()
 
     def until(self, what: str, condition: Callable[[], object]) -> None:
-        wait_until(what, condition, 15.0, explain=self.log)
+        wait_until(what, condition, explain=self.log)
 
     def forgotten(self, guest: GuestMachine) -> None:
         self.until("no port is declared", lambda: not self.declared(guest))
@@ -201,7 +201,7 @@ def test_a_save_takes_the_connections_along(cluster: LibvirtCluster, guests: Gue
     guests.host.connection().restore(file) if how == "save" else domain.create()
     guest.booted()
     assert guests.here(guest)[MAC].connections >= 0 and not guests.declared(guest)[MAC].learning
-    assert talker.call("check", size=1000, timeout_s=20.0)["lost"] == 0
+    assert talker.call("check", size=1000, timeout_s=PATIENT_S)["lost"] == 0
     assert not kept.exists()
 
 

@@ -13,20 +13,19 @@ from dataclasses import replace
 import libvirt
 import pytest
 
-from migrator.lab.errors import LabError
+from migrator.lab.errors import LabError, TooSlow
 from migrator.lab.machines import Port
 from migrator.lab.processes import wait_until
 
 from . import bench as benches_
 from .bench import Bench, Kept
-from .hooked import LIVE, Moving, ended, metadata, reports
+from .hooked import LIVE, UNHURRIED, Moving, ended, led, metadata, reports
 from .lab import Events, Wiring, add_guest
 from .strictly import StrictCluster, at
 
 pytestmark = pytest.mark.slow
-AT_ONCE_S = 0.5
-UNHURRIED = 24  # MiB/s
-HELD_S = 0.5  # less than libvirt's lock driver waits
+ASKED_S = 2.0  # the lock driver waits so long for an agent that does not answer
+HELD_S = 0.5  # less than that
 OTHER = Port("52:54:00:00:00:11", "blue", ("10.1.0.3",))
 
 
@@ -77,13 +76,14 @@ def test_the_commit_lies_before_the_first_instruction(bench: Bench, cluster: Str
         moved(bench, to)
         runs = events.wait_for(to, "qemu", "RESUME").at
     report = ended(cluster, bench.guest, number)
-    assert (report.outcome, report.destination, report.leading) == ("complete", to, True), report
+    assert (report.outcome, report.destination) == ("complete", to), report
     assert committed_at(cluster, to, report.id) < runs
     answers = cluster.said(report.source, event="hook", op="release", uuid=bench.guest.uuid)
     assert answers and answers[-1]["result"] == "ok"
     assert committed_at(cluster, to, report.id) <= at(answers[-1]), "the pause ends before the commit"
     bench.traffic.check()
     bench.settled()
+    led(report)
 
 
 def test_a_commit_that_is_late_holds_the_guest(bench: Bench, cluster: StrictCluster) -> None:
@@ -102,7 +102,9 @@ def test_a_commit_that_is_late_holds_the_guest(bench: Bench, cluster: StrictClus
             with pytest.raises(LabError):
                 events.wait_for("h2", "qemu", "RESUME", HELD_S)
         moving.join()
-        assert moving.error is None
+        if moving.error is not None and "does not answer" in str(moving.error):
+            raise TooSlow(f"it stood longer than the lock driver waits: {moving.error}")
+        assert moving.error is None, moving.error
         runs = events.wait_for("h2", "qemu", "RESUME").at
     report = ended(cluster, bench.guest, number)
     assert report.outcome == "complete", report
@@ -158,7 +160,7 @@ def test_two_at_once_in_opposite_directions(bench: Bench, cluster: StrictCluster
         other.booted()
         both = [Moving(bench.guest, "h2"), Moving(other, "h1")]
         for moving in both:
-            moving.join(60.0)
+            moving.join()
             assert moving.error is None
         for one, to in ((bench, "h2"), (replace(bench, guest=other), "h1")):
             one.settled()
@@ -177,12 +179,14 @@ def test_without_a_move_nobody_is_asked(bench: Bench, cluster: StrictCluster) ->
         began = time.monotonic()
         domain.suspend()
         domain.resume()
-        assert time.monotonic() - began < AT_ONCE_S
+        took_s = time.monotonic() - began
     finally:
         os.kill(agent.pid, signal.SIGCONT)
     wait_until("it runs", lambda: bench.guest.place() == place)
     bench.traffic.check()
     assert len(cluster.said(place, event="hook", uuid=bench.guest.uuid)) == before
+    if took_s >= ASKED_S:
+        raise TooSlow(f"pause and resume took {took_s:.1f} s: whether they waited for the agent cannot be told")
 
 
 def test_without_an_agent_vms_are_as_they_are_without_us(cluster: StrictCluster) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from migrator import faults
 from migrator._pb import migrator_pb2 as pb
+from migrator.lab.errors import TooSlow
 from migrator.lab.processes import wait_until
 
 from .matrix import REST_S, Going, MatrixCluster, Stage, asked, ended, known, monotonic, stands
@@ -154,6 +155,9 @@ class Theatre:
             stage = self.stage()
             try:
                 self._points[scenario.name] = trace(stage, scenario)
+            except TooSlow:
+                self.close()
+                raise
             except Exception:
                 self._points[scenario.name] = []
                 self._failed[scenario.name] = f"the scenario {scenario.name!r} failed:\n{traceback.format_exc()}"

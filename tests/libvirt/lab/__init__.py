@@ -3,7 +3,16 @@
 
 from .domain import Wiring, domain_xml
 from .events import Event, Events
-from .guests import GuestMachine, Move, NotWhole, add_guest, allow_downtime, last_move, migrate
+from .guests import (
+    GuestMachine,
+    Move,
+    NotWhole,
+    add_guest,
+    allow_downtime,
+    last_move,
+    migrate,
+    still_whole,
+)
 from .host import HostDaemon, LibvirtHost
 from .labs import LibvirtCluster, LibvirtLab
 
@@ -23,4 +32,5 @@ __all__ = [
     "domain_xml",
     "last_move",
     "migrate",
+    "still_whole",
 ]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from migrator.lab.errors import WorkerFailed
+from migrator.lab.processes import PATIENT_S
 
 Answer = dict[str, Any]
 REPEAT_S = 1.0  # a line that came while nobody read the port is lost
@@ -36,7 +37,7 @@ class Control:
         self._socket: socket.socket | None = None
         self._buffer = b""
 
-    def call(self, op: str, *, timeout_s: float = 20.0, **arguments: Any) -> Answer:
+    def call(self, op: str, *, timeout_s: float = PATIENT_S, **arguments: Any) -> Answer:
         """One order and its answer. Raises WorkerFailed."""
         with self._lock:
             answer = self._call(op, time.monotonic() + timeout_s, arguments)
@@ -118,7 +119,7 @@ class GuestWorker:
         self.name = name
         self._asked: list[tuple[str, dict[str, Any]]] = []
 
-    def call(self, op: str, *, timeout_s: float = 20.0, **arguments: Any) -> Answer:
+    def call(self, op: str, *, timeout_s: float = PATIENT_S, **arguments: Any) -> Answer:
         self.ask(op, **arguments)
         return self.answer(op, timeout_s)
 
@@ -127,7 +128,7 @@ class GuestWorker:
             self.control.call("ask", size=arguments.get("size", 64))
         self._asked.append((op, arguments))
 
-    def answer(self, what: str, timeout_s: float = 20.0) -> Answer:
+    def answer(self, what: str, timeout_s: float = PATIENT_S) -> Answer:
         op, arguments = self._asked.pop(0)
         assert op == what, f"{what} was not asked before {op}"
         patience = float(arguments.pop("timeout_s", timeout_s))

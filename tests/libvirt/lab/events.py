@@ -12,7 +12,7 @@ from typing import Any
 import libvirt
 import libvirt_qemu
 
-from migrator.lab.processes import wait_until
+from migrator.lab.processes import PATIENT_S, wait_until
 
 _begun = threading.Event()
 
@@ -80,7 +80,7 @@ class Events:
     def find(self, host: str, kind: str, name: str) -> list[Event]:
         return [e for e in self.seen if (e.host, e.kind, e.name) == (host, kind, name)]
 
-    def wait_for(self, host: str, kind: str, name: str, timeout_s: float = 10.0) -> Event:
+    def wait_for(self, host: str, kind: str, name: str, timeout_s: float = PATIENT_S) -> Event:
         """The last such event, when one was seen."""
         found: list[Event] = wait_until(f"{name} at {host}", lambda: self.find(host, kind, name), timeout_s)
         return found[-1]

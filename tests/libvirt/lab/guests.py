@@ -11,7 +11,7 @@ from typing import Any
 
 import libvirt
 
-from migrator.lab.errors import LabError
+from migrator.lab.errors import LabError, TooSlow
 from migrator.lab.machines import Machine, Port
 from migrator.lab.processes import wait_until
 
@@ -21,15 +21,15 @@ from .image import image
 from .labs import AnyLab, host_path
 
 MANAGED = Wiring()
-BOOT_S = 60.0
+BOOT_S = 120.0
 MAX_DOWNTIME_MS = 2000
 MAX_PASSES = 3
 COMPLETED = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED | libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
 LIVE = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER
 
 
-class NotWhole(LabError):
-    """The machine was too slow for its guest: QEMU without KVM spoils memory that it sends too often."""
+class NotWhole(TooSlow):
+    """QEMU without KVM spoils memory that it sends too often, as it does when it is slower than the guest writes."""
 
 
 @dataclass(eq=False)
@@ -146,9 +146,22 @@ def last_move(machine: GuestMachine) -> Move:
     cannot be trusted any more."""
     stats = machine.domain().jobStats(COMPLETED)
     move = Move(int(stats["time_elapsed"]), int(stats["downtime"]), int(stats["memory_iteration"]))
-    if move.passes > MAX_PASSES:
-        raise NotWhole(f"{move.passes} passes over memory: QEMU without KVM corrupts the guest beyond {MAX_PASSES}")
+    _whole(move.passes)
     return move
+
+
+def still_whole(machine: GuestMachine) -> None:
+    """The same of one that has come to where it may stand, and whose libvirtd may have been killed since."""
+    for host in machine.hosts.hosts.values():
+        with contextlib.suppress(libvirt.libvirtError):
+            domain = host.domain(machine.uuid)
+            if domain is not None and domain.isActive():
+                _whole(int(domain.jobStats(COMPLETED).get("memory_iteration", 0)))
+
+
+def _whole(passes: int) -> None:
+    if passes > MAX_PASSES:
+        raise NotWhole(f"{passes} passes over memory: QEMU without KVM corrupts the guest beyond {MAX_PASSES}")
 
 
 def migrate(machine: GuestMachine, to: str, *, flags: int = LIVE, **params: Any) -> Move:

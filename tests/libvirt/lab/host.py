@@ -25,7 +25,7 @@ import libvirt
 
 from migrator.lab import netns
 from migrator.lab.errors import LabError
-from migrator.lab.processes import Daemon, wait_until
+from migrator.lab.processes import PATIENT_S, Daemon, wait_until
 from migrator.lab.topology import Lab
 
 from . import events
@@ -254,7 +254,7 @@ class LibvirtHost:
         if wait:
             self.wait_for_libvirtd()
 
-    def wait_for_libvirtd(self, timeout_s: float = 20.0) -> None:
+    def wait_for_libvirtd(self, timeout_s: float = PATIENT_S) -> None:
         wait_until(f"libvirtd of {self.name} answers", self._answers, timeout_s, explain=self.libvirtd.tail)
 
     def restart_libvirtd(self) -> None:
