@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import pytest
 from pyroute2 import IPRoute
 
-from datapath.drivers.ebpf import devices, holding
+from datapath.drivers.ebpf import devices, holding, switchover
 from datapath.drivers.ebpf.holds import QUEUE_LENGTH
 from datapath.drivers.ebpf.instances import Instance
 from datapath.errors import NotReady
-from datapath.provider import Place
+from datapath.provider import Place, PortRef
 from datapath.state.kind import Table
 
 from .driver_lab import ANY, Guest, Host, hosts, rules, shelf, wait_until
-from .test_driver_move import NUMBERS, Stream, resolve
+from .test_driver_move import CHANNEL, NUMBERS, Stream, copy, resolve, twin
 
 ROUNDS = 10
 
@@ -127,3 +127,43 @@ def test_an_uplink_that_goes_while_it_is_given_back_is_no_error() -> None:
 
         host.run(exchanged)
         assert not uplinks.ifindex("up0")
+
+
+def _opened_before_its_source(source: Host, target: Host) -> PortRef:
+    """A port whose VM has come, and which still waits for what the source held."""
+    vm = source.guest("10.0.0.1", network="vlan")
+    moved = twin(target, vm)
+    target.run(lambda: target.driver.accept_redirect(moved.ref, CHANNEL, "h1"))
+    copy(source, target, vm, moved)
+    target.run(lambda: target.driver.commit(moved.ref))
+    target.run(lambda: target.driver.open(moved.ref, broadcast=False))
+    assert target.run(lambda: target.driver.port(moved.ref)).gate == "local shut"
+    return moved.ref
+
+
+def test_an_agent_that_dies_as_the_source_is_done_leaves_no_gate_shut(
+    pair: list[Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the flags, from which on nothing more passes by the hold, and the gate."""
+    source, target = pair
+    ref = _opened_before_its_source(source, target)
+
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(switchover, "barrier", die)
+        with pytest.raises(KeyboardInterrupt):
+            target.run(lambda: target.driver.set_broadcast(ref, True))
+    target.restart()
+    assert target.run(lambda: target.driver.port(ref)).gate == "local shut"
+    target.run(lambda: target.driver.set_broadcast(ref, True))
+    assert target.run(lambda: target.driver.port(ref)).gate == "local"
+
+
+def test_a_hold_of_the_next_move_stays_shut_when_the_source_is_done(pair: list[Host]) -> None:
+    source, target = pair
+    ref = _opened_before_its_source(source, target)
+    target.run(lambda: target.driver.hold(ref))
+    target.run(lambda: target.driver.set_broadcast(ref, True))
+    assert target.run(lambda: target.driver.port(ref)).gate == "local shut"

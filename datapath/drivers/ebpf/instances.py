@@ -25,6 +25,7 @@ class Instance:
     dirty: Table | None = None
     connections: int = 0
     hold_began: int = 0  # frames that the hold had refused when it began
+    held: bool = False  # since this agent runs, for a move from here
     guest: GuestTap | None = None  # while a switchover looks into the guest's queue
     unpumped: bool = False  # a pump gave up: frames wait in an open hold
     windows: set[bytes] = field(default_factory=set)  # keys of connections whose window alone changed, as tracked

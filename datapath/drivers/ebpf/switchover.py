@@ -93,11 +93,17 @@ class Switchover:
         """Nothing that was held at the source comes any more: what waited behind it goes, then native broadcast."""
         slot = instance.slot
         before = self._words.flag(slot, drop=C.PORT_F_AWAITS_SOURCE | C.PORT_F_NO_BROADCAST)
-        if before.flags & C.PORT_F_AWAITS_SOURCE and before.state == C.PORT_ACTIVE:
+        waits = before.flags & C.PORT_F_AWAITS_SOURCE or self._cut_off(instance)
+        if waits and before.state == C.PORT_ACTIVE:
             barrier()  # what came by the redirect and is counted has reached the guest's device
             self._kernel.ports.store(slot, "lease", 0)
             self._words.set_gate(slot, C.GATE_LOCAL)  # frames that come now queue behind those that wait
             self._holds.pump_to(instance)
+
+    def _cut_off(self, instance: Instance) -> bool:
+        """An earlier agent died in `source_done` between flags and gate, which nobody else would open any more."""
+        shut = self._words.gate(instance.slot) == (C.GATE_LOCAL, True)
+        return shut and not instance.held and self._words.has(instance.slot, C.PORT_F_UNSETTLED)
 
     # ---- source ----
 
@@ -106,6 +112,7 @@ class Switchover:
         target, _ = self._words.gate(instance.slot)
         _require(instance, target == C.GATE_LOCAL, "hold needs a port whose frames come here")
         instance.hold_began = self._holds.overflowed(instance)
+        instance.held = True
         self._words.flag(instance.slot, drop=C.PORT_F_AWAITS_SOURCE)  # of an earlier move: all wait from now on
         self._kernel.ports.store(instance.slot, "lease", 0)
         self._words.set_gate(instance.slot, C.GATE_LOCAL, shut=True)
