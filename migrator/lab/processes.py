@@ -88,7 +88,7 @@ class Worker:
             )
         self._buffer = b""
 
-    def call(self, op: str, *, timeout_s: float = 20.0, **arguments: Any) -> dict[str, Any]:
+    def call(self, op: str, *, timeout_s: float = PATIENT_S, **arguments: Any) -> dict[str, Any]:
         """Ask and wait for the answer."""
         self.ask(op, **arguments)
         return self.answer(op, timeout_s)
@@ -102,7 +102,7 @@ class Worker:
         except BrokenPipeError:
             raise WorkerFailed(f"{self.name} is gone: {self.tail()}") from None
 
-    def answer(self, what: str, timeout_s: float = 20.0) -> dict[str, Any]:
+    def answer(self, what: str, timeout_s: float = PATIENT_S) -> dict[str, Any]:
         """The next answer."""
         assert self.process.stdout is not None
         deadline = time.monotonic() + timeout_s
