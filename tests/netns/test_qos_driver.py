@@ -248,6 +248,7 @@ def test_frames_that_several_cpus_let_out_of_the_shaper_stay_in_order(host: Host
     cpus = sorted(os.sched_getaffinity(0))[:2]
     for guest in senders:
         limit(host, guest, **{"from": {"rate": "32gbit"}})
+        introduce(guest, peer)
     with contextlib.ExitStack() as stack:
         into = stack.enter_context(peer.socket(socket.SOCK_DGRAM))
         into.bind(("0.0.0.0", PORT))
@@ -264,6 +265,12 @@ def test_frames_that_several_cpus_let_out_of_the_shaper_stay_in_order(host: Host
     for guest in senders:
         assert len(found[guest.address]) > FRAMES, "they were seen"
         assert found[guest.address] == sorted(found[guest.address])
+
+
+def introduce(guest: Guest, peer: Guest) -> None:
+    """What waits for the answer to a question would be sent by the CPU that the answer comes on."""
+    command = ["neigh", "replace", peer.address, "lladdr", peer.ref.mac, "dev", "eth0", "nud", "permanent"]
+    guest.run(lambda: subprocess.run(["ip", *command], check=True, capture_output=True, timeout=10))
 
 
 def outgoing(host: Host, device: str) -> socket.socket:
@@ -299,3 +306,20 @@ def numbers(seen: socket.socket, senders: set[str]) -> dict[str, list[int]]:
             if kind == socket.PACKET_OUTGOING and sender in found and len(frame) == 42 + FLOOD_BYTES:
                 found[sender].append(_NUMBER.unpack_from(frame, 42)[0])
     return found
+
+
+def test_a_queue_that_an_earlier_version_made_is_kept_while_a_port_shapes(host: Host) -> None:
+    """There the program is at the far end of a veth pair."""
+    guest, peer = host.guest("10.0.0.1"), host.guest("10.0.0.2")
+    near, far = shaper(host), shaper(host).replace("q0", "q1")
+    ip(host, "link", "add", near, "up", "txqueuelen", "65536", "type", "veth", "peer", "name", far)
+    ip(host, "link", "set", far, "up")
+    limit(host, guest, **BOTH)
+    with guest.socket(socket.SOCK_DGRAM) as out, peer.socket(socket.SOCK_DGRAM) as into:
+        into.bind(("0.0.0.0", PORT))
+        out.sendto(b"by the old pair", (peer.address, PORT))
+        assert into.recv(100) == b"by the old pair"
+    host.run(lambda: host.driver.purge(guest.ref))
+    assert near not in devices(host) and far not in devices(host)
+    limit(host, peer, **BOTH)
+    assert f"{near}@{far}" in devices(host), "a macvlan on the device below"
