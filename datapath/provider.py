@@ -118,7 +118,7 @@ class Pumped:
     """Frames that a hold gave back, in order."""
 
     passed: int
-    dropped: int  # counted by the hold: overflow
+    dropped: int  # found the hold full: since `hold` at the source, since it was staged at the destination
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,11 @@ class Driver(abc.ABC):
         """
 
     @abc.abstractmethod
-    def set_broadcast(self, ref: PortRef, on: bool) -> None: ...
+    def set_broadcast(self, ref: PortRef, on: bool) -> Pumped:
+        """Native broadcast for the guest, or none. With it goes what waited behind the source's frames (see `open`).
+
+        `dropped` is all that has found a hold of the port full since it was staged here.
+        """
 
     @abc.abstractmethod
     def hold(self, ref: PortRef) -> None:

@@ -57,6 +57,7 @@ class DestinationEnd(End):
         self._answer = answer
         self._source: ToSource | None = None
         self._passed_on: dict[str, int] = {}  # MAC -> frames that the source has redirected
+        self._dropped: dict[PortRef, int] = {}  # frames that found a hold full, since the ports were staged
         self._asking: list[asyncio.Future[pb.MoveState]] = []
         super().__init__(around, report, refs, state)
 
@@ -270,7 +271,7 @@ class DestinationEnd(End):
                 self.driver.commit(ref)
             pumped = self.driver.open(ref, broadcast=degraded and self._source is None)
             self.report.frames["released"] += pumped.passed
-            self.report.frames["dropped"] += pumped.dropped
+            self._dropped[ref] = pumped.dropped
 
         each(self.refs, open_one)
 
@@ -318,7 +319,11 @@ class DestinationEnd(End):
         return all(self.driver.passed_on(ref)[1] >= self._passed_on.get(ref.mac, 0) for ref in self.refs)
 
     def _broadcast_all(self) -> None:
-        each(self.refs, lambda ref: self.driver.set_broadcast(ref, True))
+        def let_go(ref: PortRef) -> None:
+            self._dropped[ref] = self.driver.set_broadcast(ref, True).dropped
+
+        each(self.refs, let_go)
+        self.report.frames["dropped_at_destination"] = sum(self._dropped.values())
 
     async def _close_accounts(self, _: words.CloseAccounts) -> None:
         await self.call(self._settled_all)

@@ -127,8 +127,11 @@ def merge(report: pb.Migration, news: pb.Migration) -> None:
 def close(report: pb.Migration, outcome: str, reason: str, *, dry_run: bool = False) -> None:
     """The report's last lines. Records that did not reach the destination make a complete move a degraded one.
 
-    What was feared of a move that is complete after all is a warning.
+    What was feared of a move that is complete after all is a warning. So are frames that found a hold full.
     """
+    dropped = report.frames["dropped"] + report.frames["dropped_at_destination"]
+    if dropped:
+        report.warnings.append(f"{dropped} frames were dropped: more came than a hold has room for")
     left = sum(report.not_moved.values())
     if outcome == "complete" and left:
         outcome, reason = "degraded", reason or f"{left} records were not moved"

@@ -167,3 +167,28 @@ def test_a_hold_of_the_next_move_stays_shut_when_the_source_is_done(pair: list[H
     target.run(lambda: target.driver.hold(ref))
     target.run(lambda: target.driver.set_broadcast(ref, True))
     assert target.run(lambda: target.driver.port(ref)).gate == "local shut"
+
+
+def test_what_found_the_hold_full_at_the_destination_is_told(pair: list[Host]) -> None:
+    source, target = pair
+    ref = _opened_before_its_source(source, target)
+    target.run(lambda: target.driver.set_lease(ref, 600))
+    vm = next(guest for guest in target.guests if guest.ref == ref)
+    peer = target.guest("10.0.0.2", network="vlan")
+    resolve(peer, vm)
+    with peer.socket(socket.SOCK_DGRAM) as sender:
+        sender.connect((vm.address, 9000))
+
+        def full() -> int:
+            for _ in range(500):
+                sender.send(b"waits")
+            return _full(target, ref)
+
+        wait_until(full, "the hold is full", 60)
+        told = target.run(lambda: target.driver.set_broadcast(ref, True))
+    assert told.passed > 16_000
+    assert told.dropped == _full(target, ref) > 0
+
+
+def _full(host: Host, ref: PortRef) -> int:
+    return host.run(lambda: host.driver.port(ref)).drops.get("hold-full", 0)

@@ -13,7 +13,7 @@ import pytest
 from migrator._pb import migrator_pb2 as pb
 from migrator.coordinator.migrations import free_channel
 from migrator.coordinator.rpc import received
-from migrator.coordinator.running import Agreed, Running
+from migrator.coordinator.running import Agreed, Running, close, merge
 from migrator.errors import AlreadyMigrating, ConfigInvalid, MigrationNotFound, PreflightFailed
 from migrator.lifecycle import coordinator as machine
 from tests.unit.scripted import DEADLINE_S, MAC, VM, Agent, Bench, configuration, source
@@ -382,3 +382,13 @@ def test_a_move_alone_is_no_change_of_the_configuration(tmp_path: Path) -> None:
         assert "port" not in b.names()
 
     run(tmp_path, scenario)
+
+
+def test_what_found_a_hold_full_at_either_end_is_a_warning() -> None:
+    """Each end has its own count, and the later word of one takes nothing from the other's."""
+    report = pb.Migration()
+    for frames in ({"dropped": 3}, {"dropped_at_destination": 4}, {"dropped_at_destination": 5}):
+        merge(report, pb.Migration(frames=frames))
+    close(report, "complete", "")
+    assert report.outcome == "complete"
+    assert list(report.warnings) == ["8 frames were dropped: more came than a hold has room for"]

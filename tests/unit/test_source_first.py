@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from datapath.provider import PortRef
+from datapath.provider import PortRef, Pumped
 from migrator.agent import destination
 from migrator.agent.destination import PASSED_ON_S, SOURCE_FIRST_S
 
@@ -30,9 +30,9 @@ def watched(w: World, came: Callable[[int], int]) -> list[tuple[int, float]]:
         asked.append(time.monotonic())
         return 0, came(len(asked))
 
-    def set_broadcast(ref: PortRef, on: bool) -> None:
+    def set_broadcast(ref: PortRef, on: bool) -> Pumped:
         released.append((len(asked), time.monotonic() - asked[0]))
-        type(there).set_broadcast(there, ref, on)
+        return type(there).set_broadcast(there, ref, on)
 
     source.passed_on = lambda _: (SENT, 0)  # type: ignore[method-assign]
     there.passed_on = passed_on  # type: ignore[method-assign]

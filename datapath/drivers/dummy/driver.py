@@ -179,8 +179,10 @@ class DummyDriver(Driver):
             passed += 1
         return Pumped(passed, port.drops["hold-full"])
 
-    def set_broadcast(self, ref: PortRef, on: bool) -> None:
-        self._port(ref).broadcast = on
+    def set_broadcast(self, ref: PortRef, on: bool) -> Pumped:
+        port = self._port(ref)
+        port.broadcast = on
+        return Pumped(0, port.drops["hold-full"])
 
     def hold(self, ref: PortRef) -> None:
         self._port(ref, ACTIVE, QUIESCED).shut = True

@@ -153,12 +153,12 @@ class EbpfDriver(Driver):
         parts.kinds.opened(instance)
         return passed
 
-    def set_broadcast(self, ref: PortRef, on: bool) -> None:
+    def set_broadcast(self, ref: PortRef, on: bool) -> Pumped:
         parts, instance = self._parts(), self._find(ref)
         if on:
-            parts.switchover.source_done(instance)
-        else:
-            parts.words.flag(instance.slot, add=C.PORT_F_NO_BROADCAST)
+            return parts.switchover.source_done(instance)
+        parts.words.flag(instance.slot, add=C.PORT_F_NO_BROADCAST)
+        return Pumped(0, 0)
 
     def hold(self, ref: PortRef) -> None:
         parts, instance = self._parts(), self._find(ref)

@@ -93,16 +93,16 @@ class Holds:
 
     def pump_to(self, instance: Instance, most_s: float = PUMP_MOST_S) -> Pumped:
         """Frames towards the guest go where the gate says, in order, until none waits. Raises NotReady, see `pump`."""
-        dropped = self.overflowed(instance) - instance.hold_began
-        return self._pump(instance, instance.hold_to, "held_to", dropped, most_s)
+        return self._pump(instance, instance.hold_to, "held_to", instance.hold_began, most_s)
 
     def pump_from(self, instance: Instance) -> Pumped:
         """Frames from the guest are judged and go, in order, until none waits."""
-        return self._pump(instance, instance.hold_from, "held_from", self.overflowed(instance))
+        return self._pump(instance, instance.hold_from, "held_from", 0)
 
-    def _pump(self, instance: Instance, tap: HoldTap, held: str, dropped: int, most_s: float = PUMP_MOST_S) -> Pumped:
+    def _pump(self, instance: Instance, tap: HoldTap, held: str, before: int, most_s: float = PUMP_MOST_S) -> Pumped:
+        """What found the hold full is counted behind it, less `before`: a hold may be full while it is given back."""
         if not self._held(instance, held)():
-            return Pumped(0, dropped)
+            return Pumped(0, self.overflowed(instance) - before)
         done = tap.pump(self._held(instance, held), PUMP_S, most_s)
         if done.left:
             instance.unpumped = True
@@ -111,7 +111,7 @@ class Holds:
                 hint="they are kept, and go on by themselves when fewer come, or when the device takes frames: "
                 f"ip -s link show {tap.name}",
             )
-        return Pumped(done.passed, dropped)
+        return Pumped(done.passed, self.overflowed(instance) - before)
 
     def pass_on_rest(self, instance: Instance, *, gate_open: bool, running: bool) -> None:
         """What a pump has given up goes on, as far as it goes now, also in a flood. Called now and then."""

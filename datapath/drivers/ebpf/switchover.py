@@ -89,7 +89,7 @@ class Switchover:
         sources = (C.PORT_STAGED, C.PORT_ACTIVE)  # its first frame may be quicker
         self._words.change(slot, instance.ref.epoch, sources, C.PORT_ACTIVE, add=flags)
 
-    def source_done(self, instance: Instance) -> None:
+    def source_done(self, instance: Instance) -> Pumped:
         """Nothing that was held at the source comes any more: what waited behind it goes, then native broadcast."""
         slot = instance.slot
         before = self._words.flag(slot, drop=C.PORT_F_AWAITS_SOURCE | C.PORT_F_NO_BROADCAST)
@@ -98,7 +98,8 @@ class Switchover:
             barrier()  # what came by the redirect and is counted has reached the guest's device
             self._kernel.ports.store(slot, "lease", 0)
             self._words.set_gate(slot, C.GATE_LOCAL)  # frames that come now queue behind those that wait
-            self._holds.pump_to(instance)
+            return self._holds.pump_to(instance)
+        return Pumped(0, self._holds.overflowed(instance) - instance.hold_began)
 
     def _cut_off(self, instance: Instance) -> bool:
         """An earlier agent died in `source_done` between flags and gate, which nobody else would open any more."""
