@@ -326,7 +326,7 @@ def test_a_source_that_moves_nothing_is_believed_by_no_destination(tmp_path: Pat
 
                 async def words(begin: pb.Begin = begin) -> AsyncIterator[pb.FromSource]:
                     yield pb.FromSource(begin=begin)
-                    yield pb.FromSource(final=pb.Final())
+                    await asyncio.Event().wait()  # a word into a call that has ended would be gRPC's own error
 
                 await refused(stub.Move(words(), timeout=TIMEOUT_S), match="no such migration is prepared")
         assert not w.statuses("b")
