@@ -157,6 +157,18 @@ def test_what_comes_by_itself_waits_for_the_source(lab: Lab) -> None:
     assert b.receive() == datagram(B, A, b"by itself")
 
 
+def test_a_port_that_opens_takes_no_native_broadcast(lab: Lab) -> None:
+    """Its gate is there before its state: the source has held the same frame, which would come twice."""
+    flags = MODEL.PORT_F_STATELESS | MODEL.PORT_F_AWAITS_SOURCE | MODEL.PORT_F_NO_BROADCAST
+    a, _ = two_ports(lab, state=MODEL.PORT_STAGED, gate=SHUT, flags=flags)
+    tap = lab.tap(2, MODEL.DEVICE_HOLD_TO)
+    lab.change_port(2, hold_to=tap.ifindex)
+    a.send(datagram(BROADCAST, A))
+    a.send(datagram(B, A))
+    assert read_all(tap, 1) == [datagram(B, A)]
+    assert lab.drops(2) == {MODEL.DROP_BROADCAST_PATH: 1}
+
+
 def test_a_source_that_is_dead_keeps_nothing_waiting(lab: Lab) -> None:
     a, b = two_ports(lab, gate=SHUT, flags=MODEL.PORT_F_STATELESS | MODEL.PORT_F_AWAITS_SOURCE, lease=PAST)
     a.send(datagram(B, A))

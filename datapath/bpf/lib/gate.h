@@ -87,18 +87,19 @@ static __always_inline int gate_pass(struct __sk_buff *skb, struct port *port, _
 
 /*
  * A VM that has just moved here: its shut gate holds what comes by itself until the source has passed on what it held,
- * or the order of a flow would break. What the source sends goes past the hold: PATH_PASSED is added to `path`.
+ * or the order of a flow would break. What the source sends goes past the hold: PATH_PASSED is added to `path`. What is
+ * flooded does not wait, not even while the port opens (its gate is there before its state): the source holds the same.
  * Returns enum drop_reason.
  */
 static __always_inline int gate_source_first(const struct port *port, __u32 *path)
 {
 	__u64 word = READ_ONCE(port->word);
 
-	if (!(PORT_FLAGS(word) & PORT_F_AWAITS_SOURCE) || PORT_STATE(word) != PORT_ACTIVE)
+	if (!(PORT_FLAGS(word) & PORT_F_AWAITS_SOURCE))
 		return DROP_NONE;
 	if (*path & PATH_FLOOD)
 		return DROP_BROADCAST_PATH;
-	if (*path & PATH_MOVED)
+	if (*path & PATH_MOVED && PORT_STATE(word) == PORT_ACTIVE)
 		*path |= PATH_PASSED;
 	return DROP_NONE;
 }
