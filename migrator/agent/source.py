@@ -331,7 +331,7 @@ class SourceEnd(End):
                 await self._write(pb.FromSource(section=section))
 
     async def _purge(self, action: words.Purge) -> None:
-        self.stop_beside("settle")
+        self.stop_beside("connect", "settle")
         await self.call(self.ports.purge, action.keep_redirect)
         if self.stream is not None:
             await self.stream.close()
@@ -400,6 +400,7 @@ class SourceEnd(End):
         with contextlib.suppress(PeerLost, TimeoutError):  # the coordinator tells it then
             async with asyncio.timeout(ABORT_S):
                 await self._write(pb.FromSource(abort=pb.Abort(migration=self.report.id, reason=action.reason)))
+        self.stop_beside("connect")
         await self.stream.finish()
 
     async def _tell(self, action: words.Tell) -> None:

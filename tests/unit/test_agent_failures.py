@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from datapath.drivers.dummy import DummyDriver
 from datapath.errors import NotReady
@@ -18,6 +20,8 @@ from datapath.state.kind import Table
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.ends import Ends
 from migrator.agent.stream import PeerStream
+from migrator.errors import PeerLost
+from migrator.lifecycle import source_words as words
 from tests.unit.pair import MACS, VM, World, connections, eventually, world
 
 
@@ -415,5 +419,41 @@ def test_without_a_hypervisor_doubt_is_resolved_by_the_operator(tmp_path: Path) 
             await w.cluster.migrations.resolve(migration, "a")
             await eventually(lambda: owners(w) == ["a"])
             assert w.connections("a") == before
+
+    asyncio.run(scenario())
+
+
+def test_a_source_whose_peer_is_given_up_connects_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream breaks before the accounting, and the destination cannot be reached: it is given up meanwhile."""
+    open_stream, send, opened = PeerStream.open, PeerStream.send, []
+
+    async def once(stream: PeerStream, begin: pb.Begin, timeout_s: float) -> None:
+        opened.append(stream)
+        if len(opened) > 1:
+            stream._channel = grpc.aio.insecure_channel("127.0.0.1:1")
+        await open_stream(stream, begin, timeout_s)
+
+    async def broken(stream: PeerStream, message: pb.FromSource) -> None:
+        if message.HasField("settle_end"):
+            raise PeerLost("the stream broke")
+        await send(stream, message)
+
+    monkeypatch.setattr(PeerStream, "open", once)
+    monkeypatch.setattr(PeerStream, "send", broken)
+
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b") as w:
+            w.fill("a", 50)
+            before = w.connections("a")
+            with capture_logs() as said:
+                migration = await w.migrate("b")
+                await eventually(lambda: len(opened) == 2)
+                (end,) = w.agents["a"].ends.of(VM)
+                end.post(words.PeerFailed("its host is gone"))
+                await reach(w, "a", "stub")
+                await eventually(lambda: "connect" not in end._beside)
+                await w.finish(migration)
+            assert not [line for line in said if line["log_level"] in {"error", "critical"}]
+            assert owners(w) == ["b"] and w.connections("b") == before
 
     asyncio.run(scenario())
