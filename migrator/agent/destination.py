@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
 from datapath.provider import PortRef
 from datapath.registry import KINDS
-from datapath.state.kind import Op, Record
+from datapath.state.kind import Op
 from migrator import announce
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent import orders
@@ -133,6 +133,7 @@ class DestinationEnd(End):
         if which == "round_end":
             end = message.round_end
             self.arrival.check(end.round, end.records, end.digest)
+            await self._finish_copy()
             self.report.rounds = min(end.round + 1, ROUNDS_MAX)
             await self._wait_for_devices()
             done = pb.RoundDone(round=end.round, loaded=self.arrival.loaded, rejected=dict(self.report.not_moved))
@@ -141,11 +142,12 @@ class DestinationEnd(End):
             QUIET.begin(self.name)
             self.report.mark("final")
             self.arrival.check(message.final.round, message.final.records, message.final.digest)
+            await self._finish_copy()
             if self.order.strict and self.report.not_moved:
                 raise MigrationError(f"strict: not moved: {dict(self.report.not_moved)}")
             self.post(words.FinalReceived())
         elif which == "restart":
-            await self.call(self._stage_again)
+            await self.call(self._begin_again)
         elif which == "redirecting":
             self._passed_on = dict(message.passed_on)
             self.post(words.Redirecting())
@@ -194,25 +196,21 @@ class DestinationEnd(End):
         if reasons:
             host = self.around.host
             raise PreflightFailed(f"host {host} cannot take the VM", hint="nothing has changed", reasons=reasons)
-        self._stage_ports()
-
-    def _stage_ports(self) -> None:
-        self._stage_as(self.need.records)
-
-    def _stage_as(self, records: Sequence[Record]) -> None:
-        for ref, record in zip(self.refs, records, strict=True):
+        for ref, record in zip(self.refs, self.need.records, strict=True):
             self.arrival.revisions[ref] = int(record.get("revision", 0))
             self.driver.stage(ref, record, self.order.devices.get(ref.mac, ""))
             self.driver.set_lease(ref, self.around.settings.lease_s)
             channel = orders.port_channel(self.order.channel, (one.mac for one in self.refs), ref.mac)
             self.driver.accept_redirect(ref, channel, self.order.source)
 
-    def _stage_again(self) -> None:
-        if self.state.phase is Phase.LOADING:
-            present = [self._record(ref) for ref in self.refs]  # the configuration may have changed since
-            self._purge_all()
-            self._stage_as(present)
+    def _begin_again(self) -> None:
+        """The ports stay: the guest may run here by now, and its frames wait at them."""
+        if self.state.phase in {Phase.LOADING, Phase.WAITING}:
             self.arrival.restart()
+
+    async def _finish_copy(self) -> None:
+        if self.arrival.copying_again and self.state.phase in {Phase.LOADING, Phase.WAITING}:
+            await self.call(self.arrival.finish_copy)
 
     async def _accept(self, _: words.Accept) -> None:
         self._answer("")

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from datapath.provider import Driver, PortRef
+from datapath.provider import Driver, Loaded, PortRef
 from datapath.registry import KINDS
-from datapath.state.kind import Nature, Op
+from datapath.state.kind import Nature, Op, Table
 from migrator.agent.report import Report
+from migrator.agent.second_copy import SecondCopy
 from migrator.errors import Corrupt
 from migrator.snapshot import Section, Tally
 
@@ -26,6 +27,8 @@ class Arrival:
         self._tally = Tally()
         self._moved: Counter[str] = Counter()
         self._again: dict[PortRef, Callable[[], None]] = {}
+        self._known: set[tuple[PortRef, str]] = set()  # of which something came
+        self._second: SecondCopy | None = None
         self.revisions: dict[PortRef, int] = {}
         self.loaded = 0
 
@@ -49,7 +52,7 @@ class Arrival:
         if section.table is None or section.kind not in self._driver.kinds():
             self._report.not_moved[f"{section.kind}: not known here"] += section.count
             return
-        loaded = self._driver.load(ref, section.table)
+        loaded = self._load(ref, section.table)
         if ref in self._again and section.op is Op.LOAD and Nature.CONFIGURATION in KINDS[section.kind].nature:
             self._again[ref]()
         self._report.entries += section.count
@@ -61,8 +64,27 @@ class Arrival:
         for reason, count in loaded.rejected:
             self._report.not_moved[f"{section.kind}: {reason}"] += count
 
+    def _load(self, ref: PortRef, table: Table) -> Loaded:
+        """A copy that begins again finds the earlier one's records in its way when a port is nearly full."""
+        loaded = self._driver.load(ref, table)
+        if table.op is not Op.LOAD:
+            return loaded
+        self._known.add((ref, table.kind))
+        if self._second is None:
+            return loaded
+        if loaded.rejected and self._second.make_room(ref, table):
+            loaded = self._driver.load(ref, table)
+        self._second.note(ref, table)
+        return loaded
+
+    @property
+    def copying_again(self) -> bool:
+        """An earlier copy's records are still among those that are here."""
+        return self._second is not None
+
     def restart(self) -> None:
-        """What came before counts no more."""
+        """What came before counts no more; it stays until the new copy is complete."""
+        self._second = SecondCopy(self._driver, self._known)
         self._tally, self.loaded = Tally(), 0
         self._moved.clear()
         self._report.not_moved.clear()
@@ -75,6 +97,14 @@ class Arrival:
                 f"round {number}: {tally.records} of {records} records came, or they differ",
                 hint="a section was lost or damaged on the way",
             )
+
+    def finish_copy(self) -> None:
+        """A round was complete: what a copy that began again has not brought is gone."""
+        second, self._second = self._second, None
+        if second is not None:
+            second.finish()
+            for again in self._again.values():
+                again()
 
     def moved(self) -> Counter[str]:
         """Kind -> records loaded."""

@@ -15,7 +15,8 @@ import pytest
 from datapath.drivers.dummy import DummyDriver
 from datapath.errors import KernelError, NotReady
 from datapath.provider import PortRef, PortState
-from datapath.state.kind import Op
+from datapath.registry import KINDS
+from datapath.state.kind import Columns, Op, Table
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.end import End
 from migrator.agent.quiet import QUIET
@@ -24,7 +25,7 @@ from migrator.agent.store import Store
 from migrator.agent.stream import PeerStream, ask
 from migrator.errors import JournalFailed, PeerLost
 from migrator.lifecycle.machine import Role
-from tests.unit.pair import MACS, VM, World, eventually, world
+from tests.unit.pair import MACS, VM, World, connections, eventually, world
 
 
 def run(scenario: Callable[[World], Any], directory: Path, *hosts: str, **settings: Any) -> None:
@@ -430,12 +431,86 @@ def test_a_restarted_copy_keeps_a_change_of_the_configuration(tmp_path: Path) ->
         source: Any = end_of(w, "a", Role.SOURCE)
         await source.stream.send(pb.FromSource(restart=pb.Empty()))
         arrival: Any = end_of(w, "b", Role.DESTINATION)
-        staged = w.driver("b").switch.ports[ref]
-        await eventually(lambda: w.driver("b").switch.ports.get(ref) not in (None, staged))
-        assert arrival.state.phase == "loading"
+        await eventually(lambda: arrival.arrival.copying_again)
+        assert phase(w, "b") == "loading"
         assert w.driver("b").port(ref).record["addresses"] == ["10.1.0.99"]
 
     run(scenario, tmp_path, "a", "b")
+
+
+FRAME = bytes(10) + bytes.fromhex("ffffffffffff" + MACS[0].replace(":", "") + "88b6") + bytes(46)
+
+
+def overflow_in_the_pause(w: World, then: Callable[[], None]) -> None:
+    """The last drain finds that more has changed at the source than could be noted: some connections have ended."""
+    driver: Any = w.driver("a")
+    drain, times = driver.drain, iter([True])
+
+    def overflow(ref: PortRef) -> list[Table]:
+        if driver.port(ref).state is not PortState.QUIESCED or not next(times, False):
+            tables: list[Table] = drain(ref)
+            return tables
+        driver.switch.ports[ref].tables["conntrack"].load(Table("conntrack", Op.DELETE, keys_of_connections(10)))
+        drain(ref)
+        then()
+        raise NotReady("the note of changes overflowed")
+
+    driver.drain = overflow
+
+
+def keys_of_connections(count: int) -> Columns:
+    columns = connections(count)
+    return {name: columns[name] for name in KINDS["conntrack"].key}
+
+
+def test_rule_a_copy_that_begins_again_keeps_what_the_guest_has_sent(tmp_path: Path) -> None:
+    """It may run at the destination while the second copy is under way: its frames wait in the hold of its port."""
+
+    async def scenario(w: World) -> None:
+        w.fill("a", 50)
+        sent: list[int] = []
+        w.hypervisor.converged = False
+        migration = await w.migrate("b")
+        await reach(w, "a", "watching")
+        ref = next(status.ref for status in w.statuses("b") if status.ref.mac == MACS[0])
+        overflow_in_the_pause(w, lambda: sent.append(w.driver("b").inject(ref, [FRAME], judged=False)))
+        before = w.connections("a")
+        w.hypervisor.stop()
+        report = await w.finish(migration)
+        assert sent == [1]
+        assert report.outcome == "complete", report
+        assert report.frames["released"] == 1
+        there = w.connections("b")
+        assert sorted(len(before[mac] - there[mac]) for mac in MACS) == [0, 10]
+        assert not any(there[mac] - before[mac] for mac in MACS)
+        await w.quiet()
+
+    run(scenario, tmp_path, "a", "b")
+
+
+def test_rule_a_copy_that_begins_again_ends_though_the_guest_is_known_to_run(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        w.fill("a", 50)
+        w.hypervisor.converged = False
+        migration = await w.migrate("b")
+        await reach(w, "a", "watching")
+        w.hypervisor.downtime_s = 0.0
+        loop = asyncio.get_running_loop()
+        arrived = threading.Event()
+
+        def wait() -> None:
+            asyncio.run_coroutine_threadsafe(reach(w, "b", "waiting"), loop).result(5.0)
+            arrived.set()
+
+        overflow_in_the_pause(w, wait)
+        w.hypervisor.stop()
+        report = await w.finish(migration)
+        assert arrived.is_set()
+        assert report.outcome == "complete", report
+        assert sorted(len(keys) for keys in w.connections("b").values()) == [40, 50]
+        await w.quiet()
+
+    run(scenario, tmp_path, "a", "b", last_changes_s=20.0)
 
 
 # ---- what carries an old epoch, or is nobody's, changes nothing ----
