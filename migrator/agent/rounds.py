@@ -51,7 +51,11 @@ class Rounds:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._hurried = asyncio.Event()
+        self._in_order = asyncio.Lock()  # what is read from the driver is sent before anything is that is read later
+        self._relief: asyncio.Task[bool] | None = None
         self._began = self._told = 0.0
+        self.near = asyncio.Event()
+        """All has been copied, and little was left after that; not any more when the copy has begun again."""
         self.task: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -65,11 +69,14 @@ class Rounds:
 
     async def _dump(self) -> None:
         while not self._stop.is_set():
-            batch: Batch = await self._call(self._copier.chunk)
+            async with self._in_order:
+                if self._stop.is_set():
+                    return None
+                batch: Batch = await self._call(self._copier.chunk)
+                await self.send(batch)
             if batch.complete:
                 self._report.times_ms.setdefault("dump", (time.monotonic() - self._began) * 1e3)
                 return await self._end_round()
-            await self.send(batch)
             self._tell()
         return None
 
@@ -84,9 +91,8 @@ class Rounds:
         """Returns to stop, or when everything has to be dumped again."""
         before, hurried = 0, False
         while not self._stop.is_set():
-            batch: Batch = await self._call(self._copier.drain)
-            await self.send(batch)
-            if batch.restart:
+            batch = await self._changes()
+            if not self._copier.dumped:
                 return self._report.warn("more changed during the copy than could be noted: it was begun again")
             if batch.records:
                 await self._end_round()
@@ -96,6 +102,7 @@ class Rounds:
             if not self._is_small(batch.records, shrinks=shrinks):
                 continue
             self._report.times_ms.setdefault("converged", (time.monotonic() - self._began) * 1e3)
+            self.near.set()
             self._small()
             if hurried:
                 self._hurried.set()
@@ -103,6 +110,17 @@ class Rounds:
             hurried = self._hurry.is_set()
             self._hurry.clear()
         return None
+
+    async def _changes(self) -> Batch:
+        """Send what has changed since this was asked last, or that the copy begins again."""
+        async with self._in_order:
+            if self._stop.is_set():
+                return Batch(complete=True)  # the last drain of all has it
+            batch: Batch = await self._call(self._copier.drain)
+            if batch.restart:
+                self.near.clear()
+            await self.send(batch)
+        return batch
 
     def _is_small(self, records: int, *, shrinks: bool) -> bool:
         """What changes while a round is sent is the next one: of a busy guest they stop shrinking where both are equal.
@@ -116,11 +134,12 @@ class Rounds:
 
         Not any more once the copy has to stop: what is sent from then on belongs to the last round.
         """
-        if self._stop.is_set():
-            return
-        total = self._copier.end_round()
-        end = pb.RoundEnd(round=total.round, records=total.records, digest=total.digest)
-        await self._write(pb.FromSource(round_end=end))
+        async with self._in_order:
+            if self._stop.is_set():
+                return
+            total = self._copier.end_round()
+            end = pb.RoundEnd(round=total.round, records=total.records, digest=total.digest)
+            await self._write(pb.FromSource(round_end=end))
         while self._loaded <= total.round and not self._stop.is_set():
             self._loaded_more.clear()
             await self._loaded_more.wait()
@@ -157,6 +176,24 @@ class Rounds:
         self._hurry.set()
         await _within(self._hurried, HURRY_S)
 
+    async def relieve(self) -> bool:
+        """Take what has changed from the driver, whether or not the destination has loaded what it was sent before.
+
+        What is noted from here on has all the room that there is. False: it had not been enough, and the copy has begun
+        again. Is never cancelled itself, as `run`.
+        """
+        if not self._stop.is_set():
+            self._relief = asyncio.create_task(self._relieve())
+            self._relief.add_done_callback(_seen)
+            return await asyncio.shield(self._relief)
+        return True
+
+    async def _relieve(self) -> bool:
+        await self._changes()
+        if not self._copier.dumped:
+            self._hurry.set()
+        return self._copier.dumped
+
     def halt(self) -> None:
         """End after what is being sent."""
         self._stop.set()
@@ -166,8 +203,9 @@ class Rounds:
     async def halted(self) -> None:
         """Halt and wait for it; a stream that stands still ends the wait, too."""
         self.halt()
-        if self.task is not None and not self.task.done():
-            await asyncio.wait({self.task}, timeout=self._settings.step_s)
+        under_way = {task for task in (self.task, self._relief) if task is not None and not task.done()}
+        if under_way:
+            await asyncio.wait(under_way, timeout=self._settings.step_s)
 
     def count(self) -> None:
         """Bring the report up to date."""
@@ -175,6 +213,12 @@ class Rounds:
         self._report.entries = self._copier.records
         self._report.bytes = self._copier.bytes
         self._report.rate = self._copier.records / max(time.monotonic() - self._began, 1e-3) if self._began else 0.0
+
+
+def _seen(done: asyncio.Task[bool]) -> None:
+    """Whoever asked for it may have been stopped: then nobody else looks at how it ended."""
+    if not done.cancelled():
+        done.exception()
 
 
 async def _within(event: asyncio.Event, seconds: float) -> None:

@@ -91,6 +91,7 @@ class SourceEnd(End):
             words.Copy: self._copy,
             words.Watch: self._watch,
             words.Hold: self._hold,
+            words.LetGo: self._let_go,
             words.Suspend: self._suspend,
             words.Wake: self._wake,
             words.Shut: self._shut,
@@ -191,7 +192,11 @@ class SourceEnd(End):
 
     async def _watch_memory(self) -> None:
         try:
-            await wait_fits(partial(self.guests.remaining, self.vm, self.order.downtime_ms), self.report)
+            fits = partial(wait_fits, partial(self.guests.remaining, self.vm, self.order.downtime_ms), self.report)
+            await fits()
+            while not self.rounds.near.is_set():  # meanwhile the guest writes to its memory
+                await self.rounds.near.wait()
+                await fits()
         except GuestFailed:
             if self.state.phase is Phase.WATCHING:
                 raise
@@ -212,8 +217,14 @@ class SourceEnd(End):
         began = time.monotonic()
         # What has changed until now goes while the guest still runs: it would stand for it.
         await asyncio.gather(self._until_idle(), self.rounds.hurry())
+        there = await self.rounds.relieve()
         self.report.lasted("idle_wait", began)
-        self.post(words.Held())
+        self.post(words.Held() if there else words.Outrun())
+
+    async def _let_go(self, _: words.LetGo) -> None:
+        self.report.leading = False
+        await self.call(self.ports.let_go)
+        QUIET.end(self.name)
 
     async def _until_idle(self) -> None:
         idle = partial(self.call, self.ports.idle)

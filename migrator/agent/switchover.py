@@ -116,6 +116,12 @@ class Ports:
                 self._driver.hold(ref)
                 self._held.add(ref)
 
+    def let_go(self) -> None:
+        """Hold no more, of a guest that has not stopped: what was held goes to it first."""
+        for ref in sorted(self._held - self._quiesced, key=lambda one: one.mac):
+            self._count("returned", self._driver.resume(ref))
+            self._held.discard(ref)
+
     @property
     def free(self) -> bool:
         """Nothing is held and no port quiesced."""

@@ -35,6 +35,8 @@ from migrator.lifecycle.source_words import (
     GuestResumed,
     Held,
     Hold,
+    LetGo,
+    Outrun,
     PeerCommitted,
     PeerFailed,
     PeerLost,
@@ -133,6 +135,11 @@ def _held(state: State, _: Held) -> Step:
     if state.phase is not Phase.HOLDING:
         return state, ()
     return replace(state, phase=Phase.SUSPENDING, suspended=True), (Suspend(), Tell("held"))
+
+
+def _outrun(state: State, _: Outrun) -> Step:
+    """No guest stands for a whole copy: back to where one is waited for."""
+    return (replace(state, phase=Phase.WATCHING), (LetGo(), Watch())) if state.phase is Phase.HOLDING else (state, ())
 
 
 def _drained(state: State, _: Drained) -> Step:
@@ -380,6 +387,7 @@ _HANDLERS: dict[type[Event], Callable[[State, Any], Step]] = {
     Authorised: _authorised,
     GuestFits: _guest_fits,
     Held: _held,
+    Outrun: _outrun,
     Drained: _drained,
     PeerCommitted: _peer_committed,
     PeerOpened: _peer_opened,

@@ -66,6 +66,11 @@ class GuestFits(Event):
 
 
 @dataclass(frozen=True)
+class Outrun(Event):
+    """More has changed than could be noted, so the copy begins again; the guest has not been stopped yet."""
+
+
+@dataclass(frozen=True)
 class Held(Event):
     """Frames for the guest wait here, and the guest has taken what was in its queue (or could not be asked)."""
 
@@ -193,12 +198,18 @@ class Copy(Action):
 
 @dataclass(frozen=True)
 class Watch(Action):
-    """Wait until the guest's memory has converged: GuestFits."""
+    """Wait until the guest's memory has converged and the copy of the tables is (still) complete: GuestFits."""
 
 
 @dataclass(frozen=True)
 class Hold(Action):
-    """Hold all ports, drain a round, wait until the guest's queues are empty: Held. Shortened when the guest stops."""
+    """Hold all ports, drain a round, wait until the guest's queues are empty: Held, or Outrun when the round cannot be
+    had. Shortened when the guest stops."""
+
+
+@dataclass(frozen=True)
+class LetGo(Action):
+    """Give back what is held, in order, and hold no more: the guest goes on for a while."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from datapath.drivers.dummy import DummyDriver
 from datapath.errors import NotReady
-from datapath.provider import PortRef
+from datapath.provider import PortRef, PortState
 from datapath.state.kind import Table
 from migrator._pb import migrator_pb2 as pb
 from migrator.agent.ends import Ends
@@ -293,6 +293,60 @@ def test_rule_more_changes_than_can_be_noted_begin_the_copy_again(tmp_path: Path
             assert report.moved["conntrack"] == 100
 
     asyncio.run(scenario())
+
+
+def test_rule_no_copy_begins_in_the_pause_for_what_changed_before_it(tmp_path: Path) -> None:
+    """More changes than can be noted, after the last drain and before the stop: the guest goes on until all is sent."""
+
+    async def scenario() -> None:
+        async with world(tmp_path, "a", "b", drain_interval_s=60.0, idle_s=0.0, idle_deadline_s=5.0) as w:
+            w.fill("a", 50)
+            driver: Any = w.driver("a")
+            driver._options["tracked_max"] = 100
+            busy = Busy(driver)
+            report = await w.finish(await w.migrate("b"))
+            assert report.outcome == "complete", report
+            assert report.leading
+            assert sorted(len(keys) for keys in w.connections("b").values()) == [50, 200]
+            assert len(busy.held) == 2 * len(MACS)  # it was let go in between
+            assert set(busy.dumped) == {PortState.ACTIVE}
+            assert any("begun again" in warning for warning in report.warnings), report
+
+    asyncio.run(scenario())
+
+
+class Busy:
+    """A port at which much changes in the moment when the guest has emptied its queue and all drains have been made."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+        self.held: list[PortRef] = []
+        self.dumped: list[PortState] = []
+        self.drained: set[PortRef] = set()  # since they were held
+        self.hold, self.dump, self.drain, self.idle = driver.hold, driver.dump, driver.drain, driver.idle
+        driver.hold, driver.dump, driver.drain, driver.idle = self.on_hold, self.on_dump, self.on_drain, self.on_idle
+
+    def on_hold(self, ref: PortRef) -> None:
+        self.hold(ref)
+        self.held.append(ref)
+        self.drained.clear()
+
+    def on_dump(self, ref: PortRef, kind: str) -> Iterator[Table]:
+        self.dumped.append(self.driver.port(ref).state)
+        found: Iterator[Table] = self.dump(ref, kind)
+        return found
+
+    def on_drain(self, ref: PortRef) -> list[Table]:
+        self.drained.add(ref)
+        found: list[Table] = self.drain(ref)
+        return found
+
+    def on_idle(self, ref: PortRef) -> bool:
+        if self.held and len(self.drained) < len(MACS):
+            return False
+        if len(self.held) == len(MACS) and ref == self.held[-1]:
+            self.driver.load(ref, Table("conntrack", columns=connections(200)))
+        return True
 
 
 def test_rule_frames_left_in_the_guests_queue_are_carried(tmp_path: Path) -> None:

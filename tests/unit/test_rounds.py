@@ -22,6 +22,7 @@ class Changing:
     def __init__(self, found: Iterable[int]) -> None:
         self.left = list(found)
         self.round = self.records = self.bytes = self.drains = 0
+        self.dumped = True
 
     def begin(self) -> None: ...
 

@@ -52,6 +52,14 @@ def test_no_late_word_brings_back_a_source_that_has_left(phase: aw.Phase, event:
     assert aw.Resume() not in actions
 
 
+def test_a_source_whose_copy_begins_again_stops_no_guest_and_holds_no_frames() -> None:
+    state, actions = a.step(a.State(phase=aw.Phase.HOLDING, authorised=True, peer=True), aw.Outrun())
+    assert (state.phase, actions) == (aw.Phase.WATCHING, (aw.LetGo(), aw.Watch()))
+    for phase in set(aw.Phase) - {aw.Phase.HOLDING}:
+        before = a.State(phase=phase)
+        assert a.step(before, aw.Outrun()) == (before, ())
+
+
 @pytest.mark.parametrize("phase", sorted(set(bw.Phase) - {bw.Phase.LOADING, bw.Phase.WAITING}))
 def test_nothing_is_committed_but_by_a_destination_that_loads(phase: bw.Phase) -> None:
     _, actions = b.step(b.State(phase=phase, guest=phase in bw.RUNNING), bw.FinalReceived())
