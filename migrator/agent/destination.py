@@ -15,7 +15,7 @@ from migrator._pb import migrator_pb2 as pb
 from migrator.agent import orders
 from migrator.agent.end import End, Surroundings
 from migrator.agent.loading import Arrival
-from migrator.agent.quiet import QUIET
+from migrator.agent.quiet import QUIET, URGENT
 from migrator.agent.report import Report
 from migrator.agent.switchover import each
 from migrator.errors import Corrupt, MigrationError, PreflightFailed
@@ -132,6 +132,8 @@ class DestinationEnd(End):
             return  # too late, and what came before it was not loaded either
         if which == "round_end":
             end = message.round_end
+            if end.pausing:
+                URGENT.begin(self.name)
             self.arrival.check(end.round, end.records, end.digest)
             await self._finish_copy()
             self.report.rounds = min(end.round + 1, ROUNDS_MAX)
@@ -140,6 +142,7 @@ class DestinationEnd(End):
             self._send(pb.FromDestination(round_done=done))
         elif which == "final":
             QUIET.begin(self.name)
+            URGENT.begin(self.name)
             self.report.mark("final")
             self.arrival.check(message.final.round, message.final.records, message.final.digest)
             await self._finish_copy()
@@ -295,6 +298,7 @@ class DestinationEnd(End):
         self._send(pb.FromDestination(opened=self._opened()))
         self.beside("announce", self._announce)  # behind that word: the guest waits for what the source holds
         QUIET.end(self.name)
+        URGENT.end(self.name)
 
     def _opened(self) -> pb.Opened:
         opened_ms = self.report.times_ms.get("open", 0.0)
@@ -336,6 +340,7 @@ class DestinationEnd(End):
         await self.call(self._purge_all)
         self.guests.unguard(self.vm, self.role, self.report.id)
         QUIET.end(self.name)
+        URGENT.end(self.name)
 
     def _purge_all(self) -> None:
         each(self.refs, self.driver.purge)
@@ -381,4 +386,5 @@ class DestinationEnd(End):
 
     def _finish(self) -> None:
         QUIET.end(self.name)
+        URGENT.end(self.name)
         super()._finish()

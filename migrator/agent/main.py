@@ -12,6 +12,7 @@ from prometheus_client import start_http_server
 from migrator import logs, notify
 from migrator.agent.config import AgentConfig, read_config
 from migrator.agent.daemon import Agent
+from migrator.agent.quiet import PRIORITY
 
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread of Python may keep another one waiting: the default of 5 ms is a whole switchover."""
@@ -25,6 +26,7 @@ def run(config_path: Path | str) -> None:
     config = read_config(Path(config_path))
     logs.configure(config.agent.log_level, as_json=config.agent.log_json)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    PRIORITY.may_rise = True
     asyncio.run(_run(config))
 
 

@@ -94,8 +94,8 @@ class Rounds:
             batch = await self._changes()
             if not self._copier.dumped:
                 return self._report.warn("more changed during the copy than could be noted: it was begun again")
-            if batch.records:
-                await self._end_round()
+            if batch.records or hurried:
+                await self._end_round(pausing=hurried)
             self._tell()
             shrinks = not before or batch.records < SHRINKS * before
             before = batch.records
@@ -129,16 +129,17 @@ class Rounds:
         """
         return records <= (self._settings.small_round if shrinks else self._settings.steady_round)
 
-    async def _end_round(self) -> None:
+    async def _end_round(self, *, pausing: bool = False) -> None:
         """Send the round's totals and wait until the destination has loaded it all.
 
-        Not any more once the copy has to stop: what is sent from then on belongs to the last round.
+        Not any more once the copy has to stop: what is sent from then on belongs to the last round. `pausing`: this is
+        the last round before the guest is stopped, so the destination prepares for what follows at once.
         """
         async with self._in_order:
             if self._stop.is_set():
                 return
             total = self._copier.end_round()
-            end = pb.RoundEnd(round=total.round, records=total.records, digest=total.digest)
+            end = pb.RoundEnd(round=total.round, records=total.records, digest=total.digest, pausing=pausing)
             await self._write(pb.FromSource(round_end=end))
         while self._loaded <= total.round and not self._stop.is_set():
             self._loaded_more.clear()

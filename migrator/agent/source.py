@@ -17,7 +17,7 @@ from migrator.agent.copying import Batch, Copier
 from migrator.agent.end import End, Surroundings
 from migrator.agent.guests import GuestFailed
 from migrator.agent.orders import move_options
-from migrator.agent.quiet import QUIET
+from migrator.agent.quiet import QUIET, URGENT
 from migrator.agent.report import Report
 from migrator.agent.rounds import Rounds
 from migrator.agent.source_times import LEASED, deadline_s
@@ -207,6 +207,7 @@ class SourceEnd(End):
 
     async def _hold(self, _: words.Hold) -> None:
         QUIET.begin(self.name)
+        URGENT.begin(self.name)
         self.report.leading = True
         self.report.mark("held")
         self.beside("hold", self._hold_and_idle)
@@ -225,6 +226,7 @@ class SourceEnd(End):
         self.report.leading = False
         await self.call(self.ports.let_go)
         QUIET.end(self.name)
+        URGENT.end(self.name)
 
     async def _until_idle(self) -> None:
         idle = partial(self.call, self.ports.idle)
@@ -268,6 +270,7 @@ class SourceEnd(End):
 
     async def _drain_all(self, action: words.Drain) -> None:
         QUIET.begin(self.name)
+        URGENT.begin(self.name)
         if action.follow:
             self.report.leading = False
             self.report.frames["may_be_lost"] = 2 * len(self.refs)  # each NIC's hypervisor may swallow two
@@ -315,6 +318,7 @@ class SourceEnd(End):
         self.report.span("held_delivered", "opened")
         self.report.span("downtime", "paused", "opened")
         QUIET.end(self.name)
+        URGENT.end(self.name)
         await self.rounds.halted()
         self.post(words.Redirected())
 
@@ -381,6 +385,7 @@ class SourceEnd(End):
         self.report.lasted("resume", began)
         self.tell_waiters()
         QUIET.end(self.name)
+        URGENT.end(self.name)
         await self.rounds.halted()
         if self.state.suspended:
             self._waking = self.beside("wake", self._wake_after_all)

@@ -3,18 +3,20 @@
 
 Applied are, as systemd.exec(5) has them: the bounding set, NoNewPrivileges, UMask, ProtectSystem=strict with
 ReadWritePaths, ProtectKernelTunables, ProtectHome, MemoryDenyWriteExecute, RestrictRealtime, RestrictSUIDSGID,
-RestrictNamespaces, RestrictAddressFamilies and SystemCallFilter, by libseccomp of systemd's own groups. Not: what needs
-cgroups (DevicePolicy), other users (DynamicUser) or hides files that a lab has there (PrivateTmp).
+RestrictNamespaces, RestrictAddressFamilies, SystemCallFilter, by libseccomp of systemd's own groups, and LimitRTPRIO.
+Not: what needs cgroups (DevicePolicy), other users (DynamicUser) or hides files that a lab has there (PrivateTmp).
 """
 
 from __future__ import annotations
 
 import argparse
 import configparser
+import contextlib
 import ctypes
 import errno
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -209,6 +211,12 @@ def bound(kept: Sequence[int]) -> None:
             checked(_libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0), f"drop capability {number}")
 
 
+def limit_rank(rank: int) -> None:
+    """Of real-time threads; no more than this process has itself, where it may not raise limits (CAP_SYS_RESOURCE)."""
+    with contextlib.suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_RTPRIO, (rank, rank))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("unit", type=Path)
@@ -218,6 +226,7 @@ def main() -> None:
     unit = Unit(options.unit)
     os.umask(int(unit["Service"]["UMask"], 8))
     protect_files(unit, options.write)
+    limit_rank(int(unit["Service"].get("LimitRTPRIO", "0")))
     bound(capabilities(unit))
     checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no new privileges")
     restrict_calls(unit)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from migrator._pb import migrator_pb2 as pb
+from migrator.agent.quiet import RANK
 from migrator.lab.processes import PATIENT_S, Daemon, wait_until
 
 from .sandbox import Unit, allowed
@@ -29,6 +30,7 @@ SANDBOX = Path(__file__).with_name("sandbox.py")
 NAMES = sorted(unit.name for unit in UNITS.glob("*.service"))
 WAIT_S = PATIENT_S
 NOBODY = 65534
+CAP_SYS_RESOURCE = 24  # linux/capability.h
 AGENT, COORDINATOR = "migrator-agent.service", "migrator-coordinator.service"
 
 
@@ -114,6 +116,32 @@ def test_what_the_units_allow_is_enough(bounded: BoundedCluster) -> None:
         bounded.restart(bounded.agents["h1"])  # finds its switch again
         talk.flow_on(500)
         world.leave_nothing()
+
+
+AHEAD = """
+import os
+from migrator.agent.quiet import PRIORITY
+PRIORITY.may_rise = True
+PRIORITY.rise()
+ahead = os.sched_getscheduler(0)
+PRIORITY.fall()
+print(ahead == os.SCHED_RR, os.sched_getscheduler(0) == os.SCHED_OTHER)
+"""
+
+
+def test_the_agent_may_run_ahead_in_a_switchover() -> None:
+    unit = unit_of(AGENT)
+    assert int(unit["Service"]["LimitRTPRIO"]) >= RANK and not unit.yes("RestrictRealtime")
+    assert "sched_setscheduler" in allowed(unit)
+
+
+def test_an_agent_under_its_unit_runs_ahead_in_a_switchover() -> None:
+    held = int(Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0], 16)
+    if not held & 1 << CAP_SYS_RESOURCE:
+        pytest.skip("needs CAP_SYS_RESOURCE to set the unit's limit, as systemd does")
+    command = [sys.executable, str(SANDBOX), str(UNITS / AGENT), "--", sys.executable, "-c", AHEAD]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ran.stdout.split() == ["True", "True"], ran.stderr
 
 
 def migrations(cluster: BoundedCluster) -> Sequence[pb.Migration]:

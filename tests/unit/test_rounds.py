@@ -89,3 +89,38 @@ def test_a_copy_has_converged_when_its_rounds_are_as_small_as_they_get(found: li
 def test_how_many_that_may_be_is_the_operators() -> None:
     assert converged_after([900, 900], 40, steady_round=800) is None
     assert converged_after([900, 900], 40, small_round=1_000) == 1
+
+
+def test_the_last_round_before_the_stop_says_so() -> None:
+    """Also when nothing has changed: the destination is to be at it when the guest stands."""
+    said: list[bool] = []
+    copier, report = Changing([5, 0]), Report("m", "vm", 1, "a", "b")
+
+    async def scenario() -> None:
+        async def call(function: Any, *arguments: Any) -> Any:
+            return function(*arguments)
+
+        async def write(message: pb.FromSource) -> None:
+            if message.WhichOneof("message") == "round_end":
+                said.append(message.round_end.pausing)
+                rounds.loaded(pb.RoundDone(round=message.round_end.round))
+
+        rounds = Rounds(
+            copier,  # type: ignore[arg-type]
+            report,
+            MigrationSection(),
+            call=call,
+            write=write,
+            small=lambda: None,
+            progress=lambda: None,
+        )
+        rounds.task = asyncio.create_task(rounds.run())
+        async with asyncio.timeout(10):
+            await rounds.near.wait()
+            assert not any(said)
+            before = len(said)
+            await rounds.hurry()
+            await rounds.halted()
+        assert said[before] and not copier.left[0]
+
+    asyncio.run(scenario())

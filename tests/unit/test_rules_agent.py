@@ -712,8 +712,8 @@ def test_the_collector_comes_back_when_a_switchover_stays_in_doubt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python's memory is not collected during a switchover; one that hangs must not fill it."""
-    monkeypatch.setattr("migrator.agent.quiet.LONGEST_S", 0.3)
-    monkeypatch.setattr(QUIET, "_holders", set())
+    monkeypatch.setattr(QUIET, "longest_s", 0.3)
+    monkeypatch.setattr(QUIET, "_holders", {})
 
     async def scenario(w: World) -> None:
         w.hypervisor.downtime_s = 30.0

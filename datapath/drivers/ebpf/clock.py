@@ -43,6 +43,9 @@ def barrier() -> None:
 def _urgent() -> Iterator[None]:
     """On busy CPUs an ordinary thread waits for its turn on each (p99 10 ms), this one does not (p99 0.4)."""
     policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    if policy != os.SCHED_OTHER:  # who made it so may change it back meanwhile
+        yield
+        return
     with contextlib.suppress(OSError):  # a cgroup without time for it
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     try:
