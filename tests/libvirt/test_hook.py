@@ -55,10 +55,11 @@ def refusal(guest: GuestMachine, to: str) -> str:
 def nothing_at(cluster: LibvirtCluster, host: str, guest: GuestMachine) -> None:
     def left() -> list[str]:
         remains = [name for names in cluster.remains(host).values() for name in names]
-        return [name for name in remains if guest.uuid in name]
+        devices = netns.ip("-o", "link", namespace=cluster.name(host)).splitlines()
+        return [name for name in remains if guest.uuid in name] + [line for line in devices if device in line]
 
+    device = f" {guest.ports[0].device}: "
     wait_until(f"nothing of {guest.name} is left at {host}", lambda: not left(), explain=left)
-    assert guest.ports[0].device not in netns.ip("-o", "link", namespace=cluster.name(host))
 
 
 # ---- refused ----

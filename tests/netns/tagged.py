@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tempfile
 from pathlib import Path
 
 from datapath.build import compile_object
+from datapath.drivers.ebpf import libbpf
+from datapath.drivers.ebpf.attach import ClsactAttachments, Direction
 from migrator.lab import netns
 from migrator.lab.cluster import Cluster, port_messages
 from migrator.lab.machines import GUEST_DEVICE, Machine
@@ -40,10 +43,11 @@ def _interface(guest: str, mac: str, mtu: int) -> None:
     """A veth pair: what goes in at the near end is on the NIC's wire with the tag, and the other way round."""
     lines = [f"link add {NEAR} address {mac} mtu {mtu} type veth peer name {FAR} mtu {mtu}"]
     netns.ip_batch(guest, [*lines, f"link set {FAR} up", f"link set {NEAR} up"])
+    place = netns.path(guest)
     links = {link["ifname"]: link["ifindex"] for link in json.loads(netns.ip("-j", "link", namespace=guest))}
     for device, to, flags in ((FAR, GUEST_DEVICE, ["-DPUSH"]), (GUEST_DEVICE, FAR, [])):
         with tempfile.TemporaryDirectory(prefix="tagged-") as directory:
             program = compile_object(_SOURCE, Path(directory, "tags.o"), f"-DTAG={TAG}", f"-DTO={links[to]}", *flags)
-            netns.run(["tc", "-n", guest, "qdisc", "add", "dev", device, "clsact"])
-            command = ["filter", "add", "dev", device, "ingress", "bpf", "da", "obj", str(program), "sec", "tc"]
-            netns.run(["tc", "-n", guest, *command])
+            with contextlib.closing(libbpf.Object(program, Path(directory))) as loaded, netns.entered(place):
+                loaded.load()
+                ClsactAttachments("tags").attach(links[device], Direction.INGRESS, loaded.programs()["tags"])

@@ -145,16 +145,17 @@ def test_held_frames_outlive_the_agent(keeper: Keeper) -> None:
 LEAVES = """
 import sys
 from pathlib import Path
+from datapath.drivers.ebpf import taps
 from datapath.drivers.ebpf.holds import HoldTap
 from datapath.drivers.ebpf.keeper import Keeper
 tap = HoldTap("hold1", Keeper(Path(sys.argv[1]), patience_s=1.5))
+assert taps.holders("hold1"), "the keeper has it"
 """
 
 
 def test_a_keeper_ends_when_the_agent_does_not_come_back(tmp_path: Path) -> None:
     path = tmp_path / "keeper"
     subprocess.run([sys.executable, "-c", LEAVES, str(path)], check=True, timeout=30)
-    assert taps.holders("hold1") != [], "the keeper has it"
     wait_until(lambda: not path.exists(), "the keeper has ended")
     wait_until(lambda: taps.holders("hold1") == [], "nobody has the tap")
     HoldTap("hold1").destroy()
