@@ -46,7 +46,7 @@ def main() -> int:
 
 def run(name: str, quick: bool, console: Console) -> None:
     """Measure, print and write one benchmark. Raises Unverified."""
-    load, began = machine.load(), time.monotonic()
+    busy, began = machine.busy(), time.monotonic()
     figures: Figures = importlib.import_module(f"bench.{name}").measure(quick=quick)
     lasted = time.monotonic() - began
     console.print(figures.table(f"{name}, {lasted:.0f} s"))
@@ -56,7 +56,7 @@ def run(name: str, quick: bool, console: Console) -> None:
         "benchmark": name,
         "quick": quick,
         "lasted_s": round(lasted),
-        "load_before": load,
+        "busy_before": busy,
         "machine": machine.describe(),
         **figures.as_data(),
     }

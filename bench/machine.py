@@ -25,9 +25,21 @@ def describe() -> dict[str, object]:
     }
 
 
-def load() -> float:
-    """Processes that ran or waited for a CPU, over the last minute: more than a few and the machine was not quiet."""
-    return round(os.getloadavg()[0], 2)
+def busy(seconds: float = 2) -> float:
+    """CPUs that others use now, and that the hypervisor took away: what figures of the next minutes are beside.
+
+    The load average of a minute would tell the benchmark before.
+    """
+    before, began = _idle(), time.monotonic()
+    time.sleep(seconds)
+    idle, lasted = _idle() - before, time.monotonic() - began
+    return round(max(0.0, (os.cpu_count() or 1) - idle / lasted), 2)
+
+
+def _idle() -> float:
+    """Seconds that all CPUs together had nothing to do, see proc_stat(5)."""
+    values = Path("/proc/stat").read_text().splitlines()[0].split()
+    return (int(values[4]) + int(values[5])) / os.sysconf("SC_CLK_TCK")
 
 
 def _line(file: str, name: str) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 PLACE = re.compile(r"(<!-- figures: ([a-z]+) -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
-QUIET = 1.5
-"""Load before a benchmark up to which the machine counts as quiet."""
+QUIET = 0.3
+"""CPUs that others used just before a benchmark, up to which the machine counts as quiet."""
 
 
 def main(arguments: list[str]) -> int:
@@ -59,9 +59,9 @@ def section(result: dict[str, Any], charts: list[str]) -> str:
 
 
 def _head(result: dict[str, Any]) -> str:
-    machine, load = result["machine"], result["load_before"]
+    machine, busy = result["machine"], result["busy_before"]
     marks = ["**a quick run: smaller workloads, few rounds**"] if result["quick"] else []
-    marks += [f"**under load ({load}): read ratios, not times**"] if load > QUIET else []
+    marks += [f"**beside other work ({busy} CPUs): read ratios, not times**"] if busy > QUIET else []
     return (
         ", ".join(
             [

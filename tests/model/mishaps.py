@@ -201,6 +201,12 @@ def _destination_fails(m: Model, w: World, i: int) -> None:
     destination_end.post(m, w, mv, bw.Failed(""))
 
 
+def _outruns(m: Model, w: World) -> Possible:
+    for i, mv in enumerate(w.moves):
+        if "idle" in source_end.ready(m, w, mv):
+            yield "A: more has changed than could be noted", lambda m, w, i=i: source_end.outrun(m, w, w.moves[i])
+
+
 def _disks(m: Model, w: World) -> Possible:
     mv = w.moves[-1]
     if mv.a >= 0 and mv.disk_a == NOBODY and w.is_alive(mv.src):
@@ -251,6 +257,7 @@ _OFFERS: dict[str, Callable[[Model, World], Possible]] = {
     "copies": _messages("comes twice", 1, lambda queue: (queue[0], *queue)),
     "swaps": _messages("is overtaken", 2, lambda queue: (queue[1], queue[0], *queue[2:])),
     "fails": _fails,
+    "outruns": _outruns,
     "disks": _disks,
     "again": _again,
 }

@@ -116,6 +116,11 @@ def _resume(m: Model, w: World, mv: Move, _: str) -> None:
         mv.busy_a |= {"wake"}
 
 
+def _let_go(m: Model, w: World, mv: Move, _: str) -> None:
+    if w.ports[mv.old][0] == "H":
+        switch.resume(m, w, mv.old)
+
+
 def _send_abort(m: Model, w: World, mv: Move, _: str) -> None:
     if "stream" in mv.busy_a:
         write(mv, "abort")
@@ -151,6 +156,7 @@ def _purge(m: Model, w: World, mv: Move, what: str) -> None:
 _ACTIONS: dict[str, Callable[[Model, World, Move, str], None]] = {
     "Copy": _copy,
     "Wake": _wake,
+    "LetGo": _let_go,
     "Shut": _shut,
     "Resume": _resume,
     "SendAbort": _send_abort,
@@ -240,6 +246,12 @@ def _hold(m: Model, w: World, mv: Move) -> None:
 def _idle(m: Model, w: World, mv: Move) -> None:
     _done(mv, "idle")
     post(m, w, mv, aw.Held())
+
+
+def outrun(m: Model, w: World, mv: Move) -> None:
+    """The queue is empty, and the copy has to begin again."""
+    _done(mv, "idle")
+    post(m, w, mv, aw.Outrun())
 
 
 def _suspend(m: Model, w: World, mv: Move) -> None:

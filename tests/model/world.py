@@ -34,6 +34,7 @@ class Budget:
     swaps: int = 0  # two change places
     lates: int = 0  # a deadline passes though something is under way
     fails: int = 0  # an action of an agent fails
+    outruns: int = 0  # more changes than can be noted, just before the guest is stopped
     disks: int = 0  # a source's disk is full from here until its agent starts anew
     again: int = 0  # a second migration: back, or once more
     second: bool = False  # one has moved the VM straight, its redirect is about to end, and another begins
