@@ -28,8 +28,9 @@ _BY_TYPE: dict[type, st.SearchStrategy[Any]] = {
 
 @st.composite
 def columns(draw: st.DrawFn, kind: Kind, op: Op, count: int) -> Columns:
-    """Columns of `count` records with random bytes, or values of those that are allowed."""
-    names = kind.key if op is Op.DELETE else tuple(kind.columns)
+    """Columns of `count` records, those that `op` has, with random bytes, or values of those that are allowed."""
+    counted = tuple(name for name, column in kind.columns.items() if column.accounting)
+    names = {Op.DELETE: kind.key, Op.ACCOUNT: kind.key + counted}.get(op, tuple(kind.columns))
     made: Columns = {}
     for name in names:
         column = kind.columns[name]
