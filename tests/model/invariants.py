@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 from migrator.lifecycle.coordinator import UNAUTHORISED
+from migrator.lifecycle.machine import Guest
+from migrator.lifecycle.source_words import Phase
 from tests.model import switch
 from tests.model.model import Model, Violation
 from tests.model.world import Move, World
@@ -13,6 +15,7 @@ from tests.model.world import Move, World
 def check(m: Model, w: World) -> None:
     """Raises Violation."""
     latest = w.moves[-1]
+    _check_watching(m, w, latest)
     degraded = latest.b >= 0 and m.b.states[latest.b].degraded
     unknown = m.c.states[latest.c].phase in UNAUTHORISED
     places = (latest.src, latest.old, latest.new)
@@ -31,6 +34,18 @@ def check(m: Model, w: World) -> None:
         if m.budget.strict and w.ports[latest.new][0] == "S":
             raise Violation("strict: the guest runs at the destination without its state")
     m.sound.add(key)
+
+
+def _check_watching(m: Model, w: World, mv: Move) -> None:
+    """A source that waits until the guest fits does so for a guest that runs, and holds nothing of it."""
+    if mv.a < 0 or m.a.phases[mv.a] != Phase.WATCHING or mv.do_a or not w.is_alive(mv.src):
+        return
+    if m.a.states[mv.a].guest is not Guest.RUNNING:
+        raise Violation("the source waits for a guest to fit that has stopped")
+    if w.ports[mv.old][0] not in "OW":
+        raise Violation(f"the guest goes on for a while, and port {mv.old} holds ({w.ports[mv.old][0]})")
+    if "watch" not in mv.busy_a:
+        raise Violation("the source waits for a guest to fit, and does not look")
 
 
 def _check_open(w: World, latest: Move, degraded: bool) -> None:

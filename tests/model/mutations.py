@@ -63,6 +63,22 @@ def _needs_no_authority(state: a.State, event: Event) -> Any:
     return a.step(replace(state, authorised=True) if isinstance(event, aw.Drained) else state, event)
 
 
+def _keeps_its_hold(state: a.State, event: Event) -> Any:
+    after, actions = a.step(state, event)
+    return after, tuple(action for action in actions if not isinstance(action, aw.LetGo))
+
+
+def _watches_once(state: a.State, event: Event) -> Any:
+    after, actions = a.step(state, event)
+    again = isinstance(event, aw.Outrun)
+    return after, tuple(action for action in actions if not (again and isinstance(action, aw.Watch)))
+
+
+def _begins_again_at_any_time(state: a.State, event: Event) -> Any:
+    phase = aw.Phase.HOLDING if isinstance(event, aw.Outrun) else state.phase
+    return a.step(replace(state, phase=phase), event)
+
+
 # ---- the destination's ----
 
 
@@ -181,5 +197,13 @@ MUTATIONS = (
     ),
     Mutation("a_rollback_ends_the_hold", "a hold that is ordered is carried out", Budget(returns=1)),
     Mutation("who_stopped_the_guest_starts_it", "nobody looks after a rollback", Budget(aborts=1)),
+    Mutation("a copy that begins again lets go", "it keeps its hold", Budget(outruns=1), source=_keeps_its_hold),
+    Mutation("a copy that begins again is waited for", "nobody looks", Budget(outruns=1), source=_watches_once),
+    Mutation(
+        "a copy begins again only before the stop",
+        "it does at any time",
+        Budget(self_stops=1, outruns=1),
+        source=_begins_again_at_any_time,
+    ),
     Mutation("a_refusal_is_over_at_once", "the destination has forgotten it and is silent", Budget(fails=1)),
 )
